@@ -1,0 +1,379 @@
+#!/usr/bin/env python3
+"""Stage 4: the small agent alone in the simulator, and the table of what it reached.
+
+At every step the planner names a sub-goal and the executor an action towards it (section 3.3 of the paper); no LLM is
+called. All live episodes take their turn together: one batch for the planner, one for the executor, one message to each
+simulator process.
+
+    reads   two model folders, of stages 2 and 3
+    writes  --output, one episode a line as it ends (stage 1's record and the fields of `Played`), and --report
+
+    python evaluate.py --tasks 4,7-1 --split test --variations 10 --subgoal-model subgoal --action-model action --output hier.jsonl
+    python evaluate.py --tasks 4,7-1 --subgoals none --action-model flat --output flat.jsonl
+    python evaluate.py --report-only hier.jsonl flat.jsonl --report report.md
+
+A run that was stopped goes on where it was when the same command is given again.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import rapidfuzz
+from tqdm import tqdm
+
+from annotate import (
+    SIMPLIFICATIONS,
+    SPLITS,
+    ID2TASK,
+    Episode,
+    EpisodeFile,
+    Game,
+    Step,
+    fail,
+    positive,
+    read_episodes,
+    resolve_tasks,
+    split_variations,
+    stop,
+    worker_pool,
+)
+from train_action import executor_state
+from train_subgoal import Student, check_student, state_of
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Those that a user changes from run to run are command-line flags: see `parse_args`.
+
+MAX_MOVES = 100  # the benchmark's limit on an episode
+RANDOM_EVERY = 10  # steps that a random sub-goal stands for (the paper's ablation, section 4.3)
+LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
+REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
+AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; the expert takes the first of them, and so do we
+AGENTS = {"model": "hierarchical", "none": "flat (no sub-goals)", "random": "random sub-goals"}
+PUBLISHED = [  # overall means over the 30 tasks, from the paper's table 1
+    ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
+    ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
+]
+
+
+class Played(Episode):
+    """An episode that our agent played: the record of stage 1, and how it went."""
+
+    agent: str  # one of AGENTS
+    subgoals: str  # where they come from: model, none, random
+    models: str  # a hash of what was played with: model folders, beams
+    stop: str  # done, moves (the limit), failed (score below 0), loop
+    invalid: int  # steps whose first choice was refused
+    repaired: int  # … and for which no other beam would do, so that the nearest valid action was taken
+    seconds: float  # from the episode's start to its end, shared with all that were live beside it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a simulator process: many live games, each in a slot.
+
+GAMES = defaultdict(Game)
+
+
+def start_game(slot: int, task: str, variation: int) -> tuple[str, dict]:
+    """Start an episode in a slot: the task's description and the first state."""
+    description = GAMES[slot].load(task, variation)
+    return description, GAMES[slot].state()
+
+
+@dataclass
+class Move:
+    """What came of one turn of one game."""
+
+    taken: list[tuple[str, str, int]]  # (action, observation, score): one, and a second where an answer `0` was needed
+    completed: bool
+    state: dict  # look and inventory after it
+    refused: int  # how many of the candidates the simulator refused
+
+
+def play_turn(turns: list[tuple[int, list[str]]]) -> list[Move]:
+    """One move in each of the (slot, candidate actions)."""
+    return [play_move(GAMES[slot], candidates) for slot, candidates in turns]
+
+
+def play_move(game: Game, candidates: list[str]) -> Move:
+    """Take the first candidate that the simulator accepts, else the valid action nearest to the first one."""
+    refused = 0
+    for action in candidates:
+        observation, score, completed = game.step(action)
+        if not observation.startswith(REFUSED):
+            break
+        refused += 1
+    else:
+        action, _, _ = rapidfuzz.process.extractOne(candidates[0], game.valid_actions())
+        observation, score, completed = game.step(action)
+    taken = [(action, observation, score)]
+    if observation.startswith(AMBIGUOUS):
+        observation, score, completed = game.step("0")
+        taken.append(("0", observation, score))
+    return Move(taken, completed, game.state(), refused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent
+
+
+@dataclass
+class Live:
+    """An episode that is being played, in a slot of a worker."""
+
+    task: str
+    variation: int
+    worker: int
+    slot: int
+    description: str
+    state: dict
+    started: float
+    steps: list[Step] = field(default_factory=list)
+    marks: list[tuple] = field(default_factory=list)  # a step's whole effect, to recognise a loop
+    invalid: int = 0
+    repaired: int = 0
+
+    def situation(self) -> dict:
+        return state_of(self.description, self.steps, **self.state)
+
+    def take(self, subgoal: str | None, move: Move, candidates: int) -> str | None:
+        """Note a move; returns why the episode has ended, or None."""
+        for action, observation, score in move.taken:
+            self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
+            self.marks.append((action, observation, *move.state.values()))
+        self.state = move.state
+        self.invalid += move.refused > 0
+        self.repaired += move.refused == candidates
+        if self.steps[-1]["score"] < 0:
+            return "failed"
+        if move.completed:
+            return "done"
+        if len(self.steps) >= MAX_MOVES:
+            return "moves"
+        return "loop" if is_loop(self.marks) else None
+
+
+def is_loop(marks: list) -> bool:
+    """Whether the last LOOP steps repeat one cycle, with nothing new in any state."""
+    last = marks[-LOOP:]
+    return len(last) == LOOP and any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
+
+
+class Agent:
+    """Planner and executor. `subgoals` is model, none or random; `pool` holds what random sub-goals are drawn from."""
+
+    def __init__(self, executor: Student, planner: Student | None, subgoals: str, pool: list[str], beams: int):
+        self.executor, self.planner, self.subgoals, self.pool, self.beams = executor, planner, subgoals, pool, beams
+
+    def choose(self, episodes: list[Live]) -> tuple[list[str | None], list[list[str]]]:
+        """Sub-goals and candidate actions, likeliest first, for all live episodes at once."""
+        situations = [episode.situation() for episode in episodes]
+        if self.subgoals == "model":
+            subgoals = [best for (best,) in self.planner.answers(situations, self.beams)]
+        elif self.subgoals == "random":
+            subgoals = [self.draw(episode) for episode in episodes]
+        else:
+            subgoals = [None] * len(episodes)
+        states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
+        return subgoals, self.executor.answers(states, self.beams, best=self.beams)
+
+    def draw(self, episode: Live) -> str:
+        """A sub-goal of the train set, for RANDOM_EVERY steps; the same ones each time that an episode is played."""
+        return random.Random(f"{episode.task} {episode.variation} {len(episode.steps) // RANDOM_EVERY}").choice(self.pool)
+
+
+def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int):
+    """Play (task, variation) pairs, up to `live` at a time in each of the workers; yields (Live, why it ended)."""
+    pools = [worker_pool(1) for _ in range(workers)]
+    waiting = list(reversed(todo))
+    free = [(worker, slot) for slot in range(live) for worker in range(workers)][: len(todo)]
+    episodes = []
+    try:
+        while waiting or episodes:
+            starting = [(*waiting.pop(), *free.pop(0)) for _ in range(min(len(waiting), len(free)))]
+            started = [(game, pools[game[2]].submit(start_game, game[3], *game[:2])) for game in starting]
+            episodes += [Live(*game, *future.result(), time.time()) for game, future in started]
+            subgoals, candidates = agent.choose(episodes)
+            shares = [[i for i, episode in enumerate(episodes) if episode.worker == w] for w in range(workers)]
+            futures = [pool.submit(play_turn, [(episodes[i].slot, candidates[i]) for i in share])
+                       for pool, share in zip(pools, shares, strict=True)]
+            moves = {i: move for share, future in zip(shares, futures, strict=True)
+                     for i, move in zip(share, future.result(), strict=True)}
+            going = []
+            for i, episode in enumerate(episodes):
+                ended = episode.take(subgoals[i], moves[i], len(candidates[i]))
+                if ended:
+                    free.append((episode.worker, episode.slot))
+                    yield episode, ended
+                else:
+                    going.append(episode)
+            episodes = going
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def interval(scores: list[list[float]], draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of the tasks' means: episodes are drawn again within each task."""
+    generator = np.random.default_rng(0)
+    means = np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in scores], axis=0)
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def summary(played: list[Played]) -> dict:
+    """What the table says of some episodes of one agent: means over tasks, each the mean over its episodes."""
+    tasks = defaultdict(list)
+    for episode in played:
+        tasks[episode["task"]].append(episode)
+
+    def mean(measure):
+        return float(np.mean([np.mean([measure(episode) for episode in episodes]) for episodes in tasks.values()]))
+
+    low, high = interval([[episode["score"] for episode in episodes] for episodes in tasks.values()])
+    return {
+        "score": mean(lambda episode: episode["score"]), "low": low, "high": high, "episodes": len(played),
+        "success": mean(lambda episode: 100 * (episode["score"] == 100)),
+        "steps": mean(lambda episode: len(episode["steps"])),
+        "invalid": mean(lambda episode: 100 * episode["invalid"] / len(episode["steps"])),
+    }
+
+
+def report(files: list[str]) -> str:
+    """The result table in Markdown, of one or more files of played episodes: agents, then tasks."""
+    agents = defaultdict(list)
+    for path in files:
+        for episode in read_episodes(path):
+            if not Played.__required_keys__ <= episode.keys():
+                fail(f"{path} holds episodes that evaluate.py did not play. Name the files that it wrote.")
+            agents[episode["agent"]].append(episode)
+    lines = ["| agent | score (95% interval) | solved | moves | invalid actions | episodes | LLM calls |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for agent, played in agents.items():
+        s = summary(played)
+        lines.append(f"| {agent} | {s['score']:.1f} ({s['low']:.1f} to {s['high']:.1f}) | {s['success']:.0f}% "
+                     f"| {s['steps']:.1f} | {s['invalid']:.1f}% | {s['episodes']} | 0 |")
+    lines += [f"| {name} | {score:.2f} | | | | | 0 |" for name, score in PUBLISHED]
+    lines += ["", "| task | " + " | ".join(agents) + " |", "| --- |" + " --- |" * len(agents)]
+    for id, task in ID2TASK.items():
+        cells = []
+        for played in agents.values():
+            mine = [episode for episode in played if episode["task"] == task]
+            s = mine and summary(mine)
+            cells.append(f"{s['score']:.1f} ({s['low']:.0f} to {s['high']:.0f})" if mine else "")
+        if any(cells):
+            lines.append(f"| {id} {task} | " + " | ".join(cells) + " |")
+    stops = {agent: ", ".join(f"{reason} {sum(e['stop'] == reason for e in played)}" for reason in
+                              ("done", "failed", "loop", "moves")) for agent, played in agents.items()}
+    lines += ["", *(f"- How the episodes of {agent} ended: {reasons}." for agent, reasons in stops.items())]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="whose variations (default: test)")
+    parser.add_argument("--variations", type=positive, default=10, metavar="N", help="the first N of each task (default: 10)")
+    parser.add_argument("--subgoals", choices=AGENTS, default="model", help="from the planner; none, for an executor "
+                        "trained with --flat; or random ones of --data, drawn every 10 steps (default: model)")
+    parser.add_argument("--subgoal-model", help="the planner's folder (stage 2)")
+    parser.add_argument("--action-model", help="the executor's folder (stage 3)")
+    parser.add_argument("--data", help="annotated episodes that random sub-goals are drawn from")
+    parser.add_argument("--beams", type=positive, default=5, metavar="N", help="width of the beam search (default: 5)")
+    parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",
+                        help="simulator processes, up to 1 GB each (default: one a core)")
+    parser.add_argument("--live", type=positive, default=20, metavar="N", help="episodes at a time in each (default: 20)")
+    parser.add_argument("--report", help="a Markdown file to write the table to as well")
+    parser.add_argument("--report-only", nargs="+", metavar="FILE", help="play nothing, report on these played episodes")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace):
+    """End the program for flags that do not go together, before anything is loaded."""
+    needed = {"output": True, "action_model": True, "subgoal_model": args.subgoals == "model", "data": args.subgoals == "random"}
+    for flag, is_needed in needed.items():
+        if is_needed and not getattr(args, flag):
+            fail(f"--{flag.replace('_', '-')} is needed with --subgoals {args.subgoals}.")
+    flat = check_student(args.action_model, "action").get("flat", False)
+    if flat != (args.subgoals == "none"):
+        fail(f"{args.action_model} was trained {'with' if flat else 'without'} --flat: it acts with --subgoals "
+             f"{'none' if flat else 'model or random'}.")
+    if args.subgoals == "model":
+        check_student(args.subgoal_model, "subgoal")
+
+
+def identity(args: argparse.Namespace) -> str:
+    """A hash of all that decides how the agent plays: weights, templates, beams."""
+    digest = hashlib.sha256(str(args.beams).encode())
+    for folder in filter(None, [args.action_model, args.subgoals == "model" and args.subgoal_model]):
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_file() and path.name != "training_args.bin":
+                digest.update(path.read_bytes())
+    if args.subgoals == "random":
+        digest.update(Path(args.data).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(args: argparse.Namespace):
+    """Play what --output lacks."""
+    check(args)
+    tasks = resolve_tasks(args.tasks)
+    pool = sorted({step["subgoal"] for episode in read_episodes(args.data) for step in episode["steps"]}) if args.data else []
+    shared = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=AGENTS[args.subgoals], subgoals=args.subgoals,
+                  models=identity(args))
+    output = EpisodeFile(args.output, **shared)
+    with worker_pool(1) as lister:
+        wanted = [pair for part in lister.map(partial(split_variations, args.split, args.variations), tasks) for pair in part]
+    todo = [pair for pair in wanted if pair not in output.done]
+    if not todo:
+        return
+    print(f"{AGENTS[args.subgoals]}: loading the models …", file=sys.stderr)
+    planner = Student(args.subgoal_model, "subgoal") if args.subgoals == "model" else None
+    agent = Agent(Student(args.action_model, "action"), planner, args.subgoals, pool, args.beams)
+    scores = []
+    progress = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc="episodes", unit="", dynamic_ncols=True)
+    try:
+        for live, reason in play(agent, todo, min(args.workers, len(todo)), args.live):
+            score = max(0, live.steps[-1]["score"])
+            output.append(Played(task=live.task, variation=live.variation, description=live.description, steps=live.steps,
+                                 score=score, stop=reason, invalid=live.invalid, repaired=live.repaired,
+                                 seconds=round(time.time() - live.started, 1), **shared))
+            scores.append(score)
+            progress.set_postfix(mean=f"{np.mean(scores):.1f}")
+            progress.update()
+    except KeyboardInterrupt:
+        stop(f"stopped with {len(output.done)} episodes in {args.output}. The same command goes on from there.", 130)
+    except BrokenProcessPool:
+        stop("a simulator died; is there 1 GB of memory for each of --workers? The same command goes on.", 1)
+    finally:
+        progress.close()
+
+
+def main():
+    args = parse_args()
+    if not args.report_only:
+        run(args)
+    text = report(args.report_only or [args.output])
+    if args.report:
+        Path(args.report).write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
