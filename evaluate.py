@@ -8,9 +8,10 @@ simulator process.
     reads   two model folders, of stages 2 and 3
     writes  --output, one episode a line as it ends (stage 1's record and the fields of `Played`), and --report
 
-    python evaluate.py --tasks 4,7-1 --split test --variations 10 --subgoal-model subgoal --action-model action --output hier.jsonl
+    python evaluate.py --tasks 4,7-1 --split test --variations 10 \\
+        --subgoal-model subgoal --action-model action --output hierarchical.jsonl
     python evaluate.py --tasks 4,7-1 --subgoals none --action-model flat --output flat.jsonl
-    python evaluate.py --report-only hier.jsonl flat.jsonl --report report.md
+    python evaluate.py --report-only hierarchical.jsonl flat.jsonl --report report.md
 
 A run that was stopped goes on where it was when the same command is given again.
 """
@@ -28,13 +29,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import rapidfuzz
+from rapidfuzz import fuzz, process
 from tqdm import tqdm
 
 from annotate import (
+    ID2TASK,
     SIMPLIFICATIONS,
     SPLITS,
-    ID2TASK,
     Episode,
     EpisodeFile,
     Game,
@@ -57,7 +58,7 @@ MAX_MOVES = 100  # the benchmark's limit on an episode
 RANDOM_EVERY = 10  # steps that a random sub-goal stands for (the paper's ablation, section 4.3)
 LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
 REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
-AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; the expert takes the first of them, and so do we
+AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 AGENTS = {"model": "hierarchical", "none": "flat (no sub-goals)", "random": "random sub-goals"}
 PUBLISHED = [  # overall means over the 30 tasks, from the paper's table 1
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
@@ -104,6 +105,17 @@ def play_turn(turns: list[tuple[int, list[str]]]) -> list[Move]:
     return [play_move(GAMES[slot], candidates) for slot, candidates in turns]
 
 
+VALID = {}  # game: (its state, the valid actions there); listing them takes up to a second, and stuck agents ask often
+
+
+def valid_actions(game: Game) -> list[str]:
+    """The game's valid actions, listed anew when something visible has changed."""
+    state = game.state()
+    if VALID.get(game, (None,))[0] != state:
+        VALID[game] = (state, game.valid_actions())
+    return VALID[game][1]
+
+
 def play_move(game: Game, candidates: list[str]) -> Move:
     """Take the first candidate that the simulator accepts, else the valid action nearest to the first one."""
     refused = 0
@@ -113,7 +125,7 @@ def play_move(game: Game, candidates: list[str]) -> Move:
             break
         refused += 1
     else:
-        action, _, _ = rapidfuzz.process.extractOne(candidates[0], game.valid_actions())
+        action, _, _ = process.extractOne(candidates[0], valid_actions(game), scorer=fuzz.ratio)
         observation, score, completed = game.step(action)
     taken = [(action, observation, score)]
     if observation.startswith(AMBIGUOUS):
@@ -188,7 +200,8 @@ class Agent:
 
     def draw(self, episode: Live) -> str:
         """A sub-goal of the train set, for RANDOM_EVERY steps; the same ones each time that an episode is played."""
-        return random.Random(f"{episode.task} {episode.variation} {len(episode.steps) // RANDOM_EVERY}").choice(self.pool)
+        seed = f"{episode.task} {episode.variation} {len(episode.steps) // RANDOM_EVERY}"
+        return random.Random(seed).choice(self.pool)
 
 
 def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int):
@@ -288,7 +301,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose variations (default: test)")
-    parser.add_argument("--variations", type=positive, default=10, metavar="N", help="the first N of each task (default: 10)")
+    parser.add_argument("--variations", type=positive, default=10, metavar="N",
+                        help="the first N of each task (default: 10)")
     parser.add_argument("--subgoals", choices=AGENTS, default="model", help="from the planner; none, for an executor "
                         "trained with --flat; or random ones of --data, drawn every 10 steps (default: model)")
     parser.add_argument("--subgoal-model", help="the planner's folder (stage 2)")
@@ -298,17 +312,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",
                         help="simulator processes, up to 1 GB each (default: one a core)")
-    parser.add_argument("--live", type=positive, default=20, metavar="N", help="episodes at a time in each (default: 20)")
+    parser.add_argument("--live", type=positive, default=20, metavar="N",
+                        help="episodes at a time in each of them (default: 20)")
     parser.add_argument("--report", help="a Markdown file to write the table to as well")
-    parser.add_argument("--report-only", nargs="+", metavar="FILE", help="play nothing, report on these played episodes")
+    parser.add_argument("--report-only", nargs="+", metavar="FILE",
+                        help="play nothing, report on these played episodes")
     return parser.parse_args()
 
 
 def check(args: argparse.Namespace):
     """End the program for flags that do not go together, before anything is loaded."""
-    needed = {"output": True, "action_model": True, "subgoal_model": args.subgoals == "model", "data": args.subgoals == "random"}
-    for flag, is_needed in needed.items():
-        if is_needed and not getattr(args, flag):
+    needed = {"model": ["output", "action_model", "subgoal_model"], "random": ["output", "action_model", "data"]}
+    for flag in needed.get(args.subgoals, ["output", "action_model"]):
+        if not getattr(args, flag):
             fail(f"--{flag.replace('_', '-')} is needed with --subgoals {args.subgoals}.")
     flat = check_student(args.action_model, "action").get("flat", False)
     if flat != (args.subgoals == "none"):
@@ -334,27 +350,29 @@ def run(args: argparse.Namespace):
     """Play what --output lacks."""
     check(args)
     tasks = resolve_tasks(args.tasks)
-    pool = sorted({step["subgoal"] for episode in read_episodes(args.data) for step in episode["steps"]}) if args.data else []
-    shared = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=AGENTS[args.subgoals], subgoals=args.subgoals,
-                  models=identity(args))
+    known = read_episodes(args.data) if args.subgoals == "random" else []
+    pool = sorted({step["subgoal"] for episode in known for step in episode["steps"]})
+    shared = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=AGENTS[args.subgoals],
+                  subgoals=args.subgoals, models=identity(args))
     output = EpisodeFile(args.output, **shared)
     with worker_pool(1) as lister:
-        wanted = [pair for part in lister.map(partial(split_variations, args.split, args.variations), tasks) for pair in part]
+        parts = lister.map(partial(split_variations, args.split, args.variations), tasks)
+        wanted = [pair for part in parts for pair in part]
     todo = [pair for pair in wanted if pair not in output.done]
     if not todo:
         return
-    print(f"{AGENTS[args.subgoals]}: loading the models …", file=sys.stderr)
+    print(f"{shared['agent']}: {len(todo)} episodes of {len(tasks)} tasks", file=sys.stderr)
     planner = Student(args.subgoal_model, "subgoal") if args.subgoals == "model" else None
     agent = Agent(Student(args.action_model, "action"), planner, args.subgoals, pool, args.beams)
     scores = []
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc="episodes", unit="", dynamic_ncols=True)
     try:
         for live, reason in play(agent, todo, min(args.workers, len(todo)), args.live):
-            score = max(0, live.steps[-1]["score"])
-            output.append(Played(task=live.task, variation=live.variation, description=live.description, steps=live.steps,
-                                 score=score, stop=reason, invalid=live.invalid, repaired=live.repaired,
-                                 seconds=round(time.time() - live.started, 1), **shared))
-            scores.append(score)
+            scores.append(max(0, live.steps[-1]["score"]))
+            output.append(Played(
+                task=live.task, variation=live.variation, description=live.description, steps=live.steps,
+                score=scores[-1], stop=reason, invalid=live.invalid, repaired=live.repaired,
+                seconds=round(time.time() - live.started, 1), **shared))
             progress.set_postfix(mean=f"{np.mean(scores):.1f}")
             progress.update()
     except KeyboardInterrupt:

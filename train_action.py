@@ -8,8 +8,8 @@
     python train_action.py --data train.jsonl dev.jsonl --model tiny --output-dir flat --flat
     python train_action.py --data train.jsonl dev.jsonl --model google/flan-t5-large --output-dir action --bf16
 
-With --flat it learns to act without sub-goals: standard imitation learning, the baseline. Everything else, from building
-the input to training and going on after a kill, is stage 2's.
+With --flat it learns to act without sub-goals: standard imitation learning, the baseline. Everything else, from
+building the input to training and going on after a kill, is stage 2's.
 """
 
 from collections.abc import Iterator

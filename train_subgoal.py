@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -234,8 +235,9 @@ def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: i
 class Options:
     """What is trained on what. The training itself is set by Hugging Face's flags, below."""
 
-    data: list[str] = field(metadata={"help": "annotated episodes, one or more JSONL files; those of split dev choose the "
-                                      "best checkpoint (without any, every 20th variation does)"})
+    data: list[str] = field(metadata={
+        "help": "annotated episodes, one or more JSONL files; those of split dev choose the best checkpoint (without "
+        "any, every 20th variation does)"})
     model: str = field(default="google/flan-t5-large", metadata={
         "help": f"a seq2seq model of the hub or a folder, or one made from scratch: {', '.join(SIZES)}"})
     template: str | None = field(default=None, metadata={
@@ -250,7 +252,8 @@ SCRATCH = dict(per_device_train_batch_size=8, learning_rate=5e-4, warmup_steps=3
                adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
 RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1, save_total_limit=1,
            load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
-           train_sampling_strategy="group_by_length", logging_steps=100, report_to="none", disable_tqdm=False)
+           train_sampling_strategy="group_by_length", logging_steps=100, report_to="none", disable_tqdm=True,
+           dataloader_pin_memory=False)
 
 
 def parse_flags(role: str, options: type, description: str, **paper):
@@ -265,10 +268,12 @@ def parse_flags(role: str, options: type, description: str, **paper):
 
 
 def has_bf16() -> bool:
-    """Whether the hardware computes in bf16 fast enough to train in it: GPUs that do."""
+    """Whether the hardware multiplies in bf16: GPUs that do, CPUs with AMX (AVX-512's bf16 gains nothing here)."""
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def check_model(name: str):
@@ -302,7 +307,7 @@ def read_examples(options: Options, make_examples) -> tuple[list, list]:
     for episode in episodes:
         for state, answer in make_examples(episode):
             if answer is None:
-                fail(f"{episode['task']} {episode['variation']} has steps without a sub-goal. Annotate it with annotate.py.")
+                fail(f"{episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
             parts[episode["split"]].append((render(text, state), answer))
     if not parts["train"]:
         fail("--data holds no train episode. Add the file that `annotate.py --split train` wrote.")
@@ -314,6 +319,8 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
 
     `more` is noted in its student.json, with the template and the scores.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     check_model(options.model)
     train, dev = read_examples(options, make_examples)
     output = Path(training.output_dir)
@@ -338,8 +345,8 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
     trainer = transformers.Seq2SeqTrainer(
         model=model, args=training, processing_class=tokenizer, train_dataset=encoded(train), eval_dataset=encoded(dev),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model))
-    print(f"{len(train)} train and {len(dev)} dev examples, {model.num_parameters() / 1e6:.1f} M parameters"
-          + (f", going on from {resume.name}" if resume else ""))
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(progress_callback(f"{output.stem} ({model.num_parameters() / 1e6:.1f} M parameters)"))
     trainer.train(resume_from_checkpoint=resume and str(resume))
     if not trainer.is_world_process_zero():
         return
@@ -348,14 +355,32 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
     exact = sum(best == target for (best,), (_, target) in zip(given, dev, strict=True)) / len(dev)
     loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     trainer.save_model()
-    about |= dict(dev_loss=round(loss, 4), dev_exact_match=round(exact, 4), train_examples=len(train), dev_examples=len(dev))
+    about |= dict(train_examples=len(train), dev_examples=len(dev), dev_loss=loss, dev_exact_match=exact)
     (output / ABOUT).write_text(json.dumps(about, indent=1))
     print(f"{output}: exact match {exact:.1%} and loss {loss:.3f} on {len(dev)} dev examples")
 
 
+def progress_callback(name: str) -> transformers.TrainerCallback:
+    """Prints a line at every evaluation. Lines, not a bar, as several students may train side by side."""
+
+    class Progress(transformers.TrainerCallback):
+        def on_train_begin(self, training, state, control, **_):
+            self.started, self.first = time.time(), state.global_step
+            print(f"{name}: {state.max_steps} steps" + (f", going on from step {self.first}" * (self.first > 0)))
+
+        def on_evaluate(self, training, state, control, metrics, **_):
+            pace = (time.time() - self.started) / max(1, state.global_step - self.first)
+            left = round(pace * (state.max_steps - state.global_step))
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            print(f"{name}: step {state.global_step} of {state.max_steps}, loss {float(losses[-1]):.3f} on train "
+                  f"and {metrics['eval_loss']:.3f} on dev, {left // 60}:{left % 60:02} left")
+
+    return Progress()
+
+
 def fingerprint(about: dict, train: list, training) -> str:
     """A hash of everything that decides what a checkpoint is a checkpoint of."""
-    settings = {key: value for key, value in training.to_dict().items() if not key.startswith(("logging_", "output_dir"))}
+    settings = {key: value for key, value in training.to_dict().items() if not key.startswith(("logging", "output"))}
     return hashlib.sha256(json.dumps([about, train, settings], default=str).encode()).hexdigest()
 
 

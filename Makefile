@@ -1,0 +1,144 @@
+# The four stages, glued by their files: a target is made again when a file that it is made from has changed.
+#
+#   make all                          the demo: everything from nothing to the result table
+#   make all PRESET=paper             the paper's run, for a GPU
+#   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
+#
+# Every setting is a variable, set below per preset, and on the command line by whoever likes other values.
+
+PRESET ?= demo
+RUN ?= runs/$(PRESET)
+PYTHON ?= python3
+
+# ---- Presets ---------------------------------------------------------------------------------------------------------
+# TASKS           what is learned and played: names, ids, topics, all
+# TRAIN_SETS      what is trained on: TASKS or TASKS:N for the first N variations of each, several with blanks between
+# DEV_VARIATIONS  dev variations of each task that choose the best checkpoint
+# MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
+# SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
+# FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
+# JOBS            how many students train at the same time
+# TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
+
+ifeq ($(PRESET),demo)
+  TASKS           ?= 2-1,4,7
+  DEV_VARIATIONS  ?= 10
+  MODEL           ?= tiny
+  SUBGOAL_FLAGS   ?= --num_train_epochs 4
+  ACTION_FLAGS    ?= --num_train_epochs 4
+  JOBS            ?= 3
+  TEST_VARIATIONS ?= 10
+else ifeq ($(PRESET),paper)
+  TASKS           ?= all
+  TRAIN_SETS      ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
+  DEV_VARIATIONS  ?= 10
+  MODEL           ?= google/flan-t5-large
+  JOBS            ?= 1
+  TEST_VARIATIONS ?= 10
+else ifeq ($(PRESET),smoke)
+  TASKS           ?= 4-2,7-1
+  TRAIN_SETS      ?= $(TASKS):3
+  DEV_VARIATIONS  ?= 1
+  MODEL           ?= tiny
+  SUBGOAL_FLAGS   ?= --max_steps 20
+  ACTION_FLAGS    ?= --max_steps 20
+  JOBS            ?= 1
+  TEST_VARIATIONS ?= 1
+else
+  $(error there is no preset $(PRESET); the presets are demo, paper and smoke)
+endif
+TRAIN_SETS ?= $(TASKS)
+ANNOTATOR  ?= rules
+LLM        ?= gpt-4o-mini
+BEAMS      ?= 5
+FLAT_FLAGS ?= $(ACTION_FLAGS)
+CORES      := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+WORKERS    ?= $(CORES)
+
+# ---- Everything ------------------------------------------------------------------------------------------------------
+
+.PHONY: all annotate subgoal action flat students evaluate test lint clean help
+.DELETE_ON_ERROR:
+
+all: .venv                  ## the whole method, from nothing to the result table
+	@$(MAKE) --no-print-directory annotate
+	@$(MAKE) --no-print-directory -j$(JOBS) students
+	@$(MAKE) --no-print-directory evaluate
+
+annotate: $(RUN)/train.jsonl $(RUN)/dev.jsonl   ## stage 1: expert trajectories with sub-goals
+subgoal:  $(RUN)/subgoal/student.json           ## stage 2: the sub-goal generator
+action:   $(RUN)/action/student.json            ## stage 3: the action generator
+flat:     $(RUN)/flat/student.json              ## stage 3: the baseline without sub-goals
+students: subgoal action flat
+evaluate: $(RUN)/report.md                      ## stage 4: all three agents on test, and the table
+	@cat $(RUN)/report.md
+
+# ---- The stages ------------------------------------------------------------------------------------------------------
+# A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
+
+BIN := .venv/bin/python
+DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
+EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
+ANNOTATE = $(BIN) annotate.py --annotator $(ANNOTATOR) --llm $(LLM) --workers $(WORKERS) --output $@.part
+TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --output_dir $(@D).part
+THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
+PLAY = $(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) --beams $(BEAMS) \
+  --workers $(WORKERS) --output $@.part
+
+$(RUN)/train.jsonl: annotate.py | .venv
+	for set in $(TRAIN_SETS); do \
+	  case $$set in *:*) first="--variations $${set#*:}";; *) first=;; esac; \
+	  $(ANNOTATE) --split train --tasks $${set%%:*} $$first || exit; \
+	done
+	mv $@.part $@
+
+$(RUN)/dev.jsonl: annotate.py | .venv
+	$(ANNOTATE) --split dev --tasks $(TASKS) --variations $(DEV_VARIATIONS)
+	mv $@.part $@
+
+$(RUN)/subgoal/student.json: train_subgoal.py $(wildcard prompts/subgoal*.jinja) $(DATA)
+	OMP_NUM_THREADS=$(THREADS) $(BIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
+	rm -rf $(@D) && mv $(@D).part $(@D)
+
+$(RUN)/action/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
+	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
+	rm -rf $(@D) && mv $(@D).part $(@D)
+
+$(RUN)/flat/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
+	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
+	rm -rf $(@D) && mv $(@D).part $(@D)
+
+$(RUN)/hierarchical.jsonl: evaluate.py $(RUN)/subgoal/student.json $(RUN)/action/student.json
+	$(PLAY) --subgoals model --subgoal-model $(RUN)/subgoal --action-model $(RUN)/action
+	mv $@.part $@
+
+$(RUN)/flat.jsonl: evaluate.py $(RUN)/flat/student.json
+	$(PLAY) --subgoals none --action-model $(RUN)/flat
+	mv $@.part $@
+
+$(RUN)/random.jsonl: evaluate.py $(RUN)/action/student.json $(RUN)/train.jsonl
+	$(PLAY) --subgoals random --data $(RUN)/train.jsonl --action-model $(RUN)/action
+	mv $@.part $@
+
+$(RUN)/report.md: $(EPISODES)
+	$(BIN) evaluate.py --report-only $(EPISODES) --report $@
+
+# ---- The house -------------------------------------------------------------------------------------------------------
+
+.venv: requirements.txt     ## the packages, pinned
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.txt
+	@touch .venv
+
+test: .venv                 ## the tests: real simulator, tiny models
+	.venv/bin/python -m pytest
+
+lint: .venv                 ## ruff
+	.venv/bin/ruff check .
+
+clean:                      ## remove what the runs made (runs/); the packages stay
+	rm -rf runs
+
+help:                       ## this list
+	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
+	@echo; sed -n '/^# ---- Presets/,/^$$/p' Makefile | sed -n 's/^# //p' | tail -n +2

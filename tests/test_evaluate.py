@@ -1,0 +1,171 @@
+"""Stage 4: the agent in the simulator, and the table."""
+
+import json
+
+import pytest
+from conftest import kill_when, run
+
+import evaluate
+from annotate import Game, read_episodes
+from evaluate import LOOP, Agent, interval, is_loop, play, play_move, report
+
+
+class Scripted(Agent):
+    """An agent that plays given actions, whatever it sees."""
+
+    def __init__(self, actions: dict):
+        self.actions = actions
+
+    def choose(self, episodes):
+        return [None] * len(episodes), [[self.actions[live.task, live.variation][len(live.steps)]] for live in episodes]
+
+
+def test_many_games_in_two_processes_do_not_disturb_each_other(data):
+    """Six gold paths at a time, each move in its turn, all reach the score that they reached alone."""
+    experts = {(e["task"], e["variation"]): [step["action"] for step in e["steps"]] for e in read_episodes(data)}
+    played = list(play(Scripted(experts), list(experts), workers=2, live=3))
+    assert {(live.task, live.variation) for live, _ in played} == set(experts)
+    assert [(live.steps[-1]["score"], reason) for live, reason in played] == [(100, "done")] * len(experts)
+    assert all(live.invalid == 0 for live, _ in played)
+
+
+def test_a_wrong_focus_ends_the_episode_as_failed_and_counts_0():
+    wrong = {("lifespan-longest-lived", 3): ["focus on ground", "wait"]}
+    ((live, reason),) = play(Scripted(wrong), list(wrong), workers=1, live=1)
+    assert reason == "failed" and live.steps[-1]["score"] < 0 and len(live.steps) == 1
+
+
+def test_an_agent_that_moves_in_circles_is_stopped():
+    circles = {
+        ("find-plant", 0): ["open door to kitchen", "go to kitchen", "open door to hallway", "go to hallway"] * 30
+    }
+    ((live, reason),) = play(Scripted(circles), list(circles), workers=1, live=1)
+    assert reason == "loop" and LOOP <= len(live.steps) < 40
+
+
+def test_no_expert_of_any_task_moves_in_circles(experts):
+    for episode in experts:
+        after = [*episode["steps"][1:], {"look": "", "inventory": ""}]
+        marks = [
+            (step["action"], step["observation"], then["look"], then["inventory"])
+            for step, then in zip(episode["steps"], after, strict=True)
+        ]
+        assert not any(is_loop(marks[:end]) for end in range(len(marks))), episode["task"]
+
+
+@pytest.fixture(scope="module")
+def game():
+    yield Game()
+    Game.gateway.shutdown()
+    Game.gateway.java_process.kill()
+    Game.gateway = None
+
+
+def test_a_refused_action_gives_way_to_the_next_beam_that_is_valid(game):
+    game.load("find-plant", 0)
+    move = play_move(game, ["fly to the moon", "go to nowhere", "open door to kitchen"])
+    assert [action for action, *_ in move.taken] == ["open door to kitchen"] and move.refused == 2
+
+
+def test_an_action_that_no_beam_can_save_becomes_the_nearest_valid_one(game):
+    game.load("find-plant", 0)
+    move = play_move(game, ["open the door to kitchen", "fly"])
+    assert [action for action, *_ in move.taken] == ["open door to kitchen"] and move.refused == 2
+
+
+def test_valid_actions_are_not_asked_for_when_an_action_is_accepted(game, monkeypatch):
+    game.load("find-plant", 0)
+    monkeypatch.setattr(evaluate, "valid_actions", lambda game: pytest.fail("asked"))
+    assert play_move(game, ["open door to kitchen"]).refused == 0
+
+
+def test_after_kill_9_only_what_is_missing_is_played(tmp_path, students):
+    path = tmp_path / "episodes.jsonl"
+    flags = [
+        "--tasks",
+        "7-1",
+        "--variations",
+        6,
+        "--subgoals",
+        "none",
+        "--action-model",
+        students["flat"],
+        "--output",
+        path,
+        "--workers",
+        1,
+        "--live",
+        2,
+    ]
+    family = kill_when("evaluate.py", *flags, ready=lambda: path.exists() and path.read_bytes().count(b"\n") >= 2)
+    assert len(family) >= 2
+    kept = path.read_bytes()
+    done = run("evaluate.py", *flags)
+    assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert sorted(episode["variation"] for episode in read_episodes(path)) == list(range(93, 99))
+    assert "| flat (no sub-goals) |" in done.stdout
+    refused = run("evaluate.py", *flags, "--beams", 2, code=2)  # other episodes than those in the file
+    assert "models" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ([], "--output is needed"),
+        (
+            ["--output", "o.jsonl", "--action-model", "{tmp}", "--subgoal-model", "{subgoal}"],
+            "not a finished model folder",
+        ),
+        (
+            ["--output", "o.jsonl", "--action-model", "{subgoal}", "--subgoal-model", "{subgoal}"],
+            "one of train_action.py",
+        ),
+        (["--output", "o.jsonl", "--action-model", "{flat}", "--subgoal-model", "{subgoal}"], "trained with --flat"),
+        (["--output", "o.jsonl", "--action-model", "{action}", "--subgoals", "none"], "trained without --flat"),
+        (["--report-only", "{data}"], "did not play"),
+    ],
+)
+def test_what_cannot_be_played_is_refused_in_one_sentence(tmp_path, students, data, flags, complaint):
+    names = {"tmp": tmp_path, "data": data, **students}
+    refused = run("evaluate.py", "--tasks", "7-1", *(flag.format(**names) for flag in flags), code=2)
+    assert complaint in refused.stderr and "Traceback" not in refused.stderr
+
+
+def episode(task: str, variation: int, score: int, **more) -> dict:
+    step = {"look": "", "inventory": "", "subgoal": None, "action": "wait", "observation": "", "score": score}
+    return (
+        dict(
+            task=task,
+            variation=variation,
+            split="test",
+            simplifications="easy",
+            description="",
+            steps=[step] * 4,
+            score=score,
+            agent="hierarchical",
+            subgoals="model",
+            models="",
+            stop="done",
+            invalid=1,
+            repaired=0,
+            seconds=1.0,
+        )
+        | more
+    )
+
+
+def test_the_overall_score_is_the_mean_of_the_tasks_means(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    played = [episode("boil", 1, 100), episode("boil", 2, 100), episode("boil", 3, 100), episode("melt", 1, 0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in played))
+    table = report([path])
+    assert "| hierarchical | 50.0 (" in table and "| 1-1 boil | 100.0 (" in table and "| 1-2 melt | 0.0 (" in table
+    assert "| 25.0% | 4 |" in table  # invalid actions: one step in four
+    assert "65.43" in table and "48.72" in table
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_episodes():
+    few, many = interval([[0.0, 100.0] * 2]), interval([[0.0, 100.0] * 50])
+    assert few[0] < 50 < few[1] and many[0] < 50 < many[1]
+    assert many[1] - many[0] < (few[1] - few[0]) / 2
+    assert interval([[70.0], [80.0]]) == (75.0, 75.0)
