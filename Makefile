@@ -24,8 +24,6 @@ ifeq ($(PRESET),demo)
   TASKS           ?= 2-1,4,7
   DEV_VARIATIONS  ?= 10
   MODEL           ?= tiny
-  SUBGOAL_FLAGS   ?= --num_train_epochs 4
-  ACTION_FLAGS    ?= --num_train_epochs 4
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
 else ifeq ($(PRESET),paper)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stage 4: the small agent alone in the simulator, and the table of what it reached.
 
-At every step the planner names a sub-goal and the executor an action towards it (section 3.3 of the paper); no LLM is
+At every step the planner names a sub-goal and the executor an action towards it; no LLM is
 called. All live episodes take their turn together: one batch for the planner, one for the executor, one message to each
 simulator process.
 
@@ -18,11 +18,12 @@ A run that was stopped goes on where it was when the same command is given again
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,12 +56,12 @@ from train_subgoal import Student, check_student, state_of
 # Settings. Those that a user changes from run to run are command-line flags: see `parse_args`.
 
 MAX_MOVES = 100  # the benchmark's limit on an episode
-RANDOM_EVERY = 10  # steps that a random sub-goal stands for (the paper's ablation, section 4.3)
+RANDOM_EVERY = 10  # steps that a random sub-goal stands for (as in the paper's ablation)
 LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
 REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
 AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 AGENTS = {"model": "hierarchical", "none": "flat (no sub-goals)", "random": "random sub-goals"}
-PUBLISHED = [  # overall means over the 30 tasks, from the paper's table 1
+PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
@@ -117,7 +118,10 @@ def valid_actions(game: Game) -> list[str]:
 
 
 def play_move(game: Game, candidates: list[str]) -> Move:
-    """Take the first candidate that the simulator accepts, else the valid action nearest to the first one."""
+    """Take the first candidate that the simulator accepts, else the valid action nearest to the first one.
+
+    That is never a focus: on the wrong object it fails the task for good.
+    """
     refused = 0
     for action in candidates:
         observation, score, completed = game.step(action)
@@ -125,7 +129,8 @@ def play_move(game: Game, candidates: list[str]) -> Move:
             break
         refused += 1
     else:
-        action, _, _ = process.extractOne(candidates[0], valid_actions(game), scorer=fuzz.ratio)
+        harmless = [action for action in valid_actions(game) if not action.startswith("focus ")]
+        action, _, _ = process.extractOne(candidates[0], harmless, scorer=fuzz.ratio)
         observation, score, completed = game.step(action)
     taken = [(action, observation, score)]
     if observation.startswith(AMBIGUOUS):
@@ -205,34 +210,42 @@ class Agent:
 
 
 def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int):
-    """Play (task, variation) pairs, up to `live` at a time in each of the workers; yields (Live, why it ended)."""
+    """Play (task, variation) pairs, up to `live` at a time in each of the workers; yields (Live, why it ended).
+
+    The live episodes form two halves that alternate: while one is in the simulators, the other is in the models.
+    """
     pools = [worker_pool(1) for _ in range(workers)]
     waiting = list(reversed(todo))
-    free = [(worker, slot) for slot in range(live) for worker in range(workers)][: len(todo)]
-    episodes = []
+    free = [(worker, slot) for slot in range(live) for worker in range(workers)]
+    half = math.ceil(min(len(free), len(todo)) / 2)
+    moving = deque([[], []])  # of each half: what `send` returned
     try:
-        while waiting or episodes:
-            starting = [(*waiting.pop(), *free.pop(0)) for _ in range(min(len(waiting), len(free)))]
-            started = [(game, pools[game[2]].submit(start_game, game[3], *game[:2])) for game in starting]
-            episodes += [Live(*game, *future.result(), time.time()) for game, future in started]
-            subgoals, candidates = agent.choose(episodes)
-            shares = [[i for i, episode in enumerate(episodes) if episode.worker == w] for w in range(workers)]
-            futures = [pool.submit(play_turn, [(episodes[i].slot, candidates[i]) for i in share])
-                       for pool, share in zip(pools, shares, strict=True)]
-            moves = {i: move for share, future in zip(shares, futures, strict=True)
-                     for i, move in zip(share, future.result(), strict=True)}
-            going = []
-            for i, episode in enumerate(episodes):
-                ended = episode.take(subgoals[i], moves[i], len(candidates[i]))
-                if ended:
+        while waiting or any(moving):
+            episodes = []
+            for episode, subgoal, candidates, move in moving.popleft():
+                if ended := episode.take(subgoal, move(), len(candidates)):
                     free.append((episode.worker, episode.slot))
                     yield episode, ended
                 else:
-                    going.append(episode)
-            episodes = going
+                    episodes.append(episode)
+            starting = [(*waiting.pop(), *free.pop(0)) for _ in range(min(len(waiting), half - len(episodes)))]
+            started = [(game, pools[game[2]].submit(start_game, game[3], *game[:2])) for game in starting]
+            episodes += [Live(*game, *future.result(), time.time()) for game, future in started]
+            moving.append(send(pools, episodes, *agent.choose(episodes)) if episodes else [])
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def send(pools: list, episodes: list[Live], subgoals: list, candidates: list[list[str]]) -> list[tuple]:
+    """Give each simulator process the turns of its episodes; the last of a tuple waits for what came of a turn."""
+    moving = []
+    for worker, pool in enumerate(pools):
+        mine = [i for i, episode in enumerate(episodes) if episode.worker == worker]
+        turns = pool.submit(play_turn, [(episodes[i].slot, candidates[i]) for i in mine])
+        for n, i in enumerate(mine):
+            moving.append((episodes[i], subgoals[i], candidates[i], lambda turns=turns, n=n: turns.result()[n]))
+    return moving
 
 
 # ---------------------------------------------------------------------------------------------------------------------

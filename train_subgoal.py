@@ -29,7 +29,7 @@ import transformers  # loads its parts, and PyTorch, only when they are used
 
 from annotate import PROMPTS, Episode, Step, fail, read_episodes, room_of
 
-HISTORY = 10  # the last ten actions are shown (the paper's, section 4)
+HISTORY = 10  # the last ten actions are shown (the paper's number)
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
 
 # T5s built from scratch, by name: d_model, layers of encoder and decoder, heads of 32 (tiny, small) or 64 dimensions.
@@ -48,7 +48,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 
 
 def state_of(description: str, steps: list[Step], look: str, inventory: str) -> dict:
-    """All that a template can show of the state after `steps`: the paper's fields (section 3.2).
+    """All that a template can show of the state after `steps`: the paper's fields.
 
     The same function serves training, on a prefix of an expert's steps, and acting, on the agent's own steps.
 
@@ -138,7 +138,7 @@ def render(template: str, state: dict) -> str:
 # Models
 
 
-def new_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
+def new_tokenizer(texts: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: words whole where they are frequent, digits one by one.
 
     Brackets and commas are set apart by spaces before the split and joined again on decoding, so that the kitchen of
@@ -162,7 +162,7 @@ def new_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def new_model(size: str, vocabulary: int) -> transformers.T5ForConditionalGeneration:
+def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGeneration":
     """A T5 with random weights, set up to copy.
 
     A student's answer is mostly words of its input, and learning to copy them takes a T5 from scratch thousands of
@@ -220,7 +220,7 @@ def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: i
         padded = tokenizer.pad({"input_ids": [inputs[i] for i in chosen]}, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             output = model.generate(**padded, num_beams=beams, num_return_sequences=best, do_sample=False,
-                                    max_new_tokens=about["max_target_length"])
+                                    early_stopping=beams > 1, max_new_tokens=about["max_target_length"])
         decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
         for row, i in enumerate(chosen):
             result[i] = decoded[row * best : (row + 1) * best]
@@ -246,24 +246,30 @@ class Options:
     max_target_length: int = field(default=30, metadata={"help": "tokens of the answer"})
 
 
-# The paper's settings (section 4) are the defaults; a model from scratch has its own, measured for the demo (README).
+# The paper's settings are the defaults; models from scratch have their own, chosen on dev variations.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
-SCRATCH = dict(per_device_train_batch_size=8, learning_rate=5e-4, warmup_steps=300, num_train_epochs=6,
+SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=4e-4, warmup_steps=200,
                adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
 RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1, save_total_limit=1,
            load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
-           train_sampling_strategy="group_by_length", logging_steps=100, report_to="none", disable_tqdm=True,
+           train_sampling_strategy="group_by_length", logging_steps=0.1, report_to="none", disable_tqdm=True,
            dataloader_pin_memory=False)
 
 
-def parse_flags(role: str, options: type, description: str, **paper):
-    """(options, Hugging Face's training arguments) from the command line; `paper` are the role's own defaults."""
-    parser = transformers.HfArgumentParser((options, transformers.Seq2SeqTrainingArguments), description=description,
-                                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), template=str(PROMPTS / f"{role}.jinja"))
+def parse_flags(role: str, options: type, description: str, paper: dict, scratch: dict):
+    """(options, Hugging Face's training arguments) from the command line.
+
+    `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch.
+    """
+    parser = transformers.HfArgumentParser(
+        (options, transformers.Seq2SeqTrainingArguments), description=description,
+        usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output-dir FOLDER] [any flag below]",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
+                        template=str(PROMPTS / f"{role}.jinja"))
     known, _ = parser.parse_known_args()
     if known.model in SIZES:
-        parser.set_defaults(**SCRATCH, gradient_accumulation_steps=1, template=str(PROMPTS / f"{role}_compact.jinja"))
+        parser.set_defaults(**SCRATCH, **scratch, template=str(PROMPTS / f"{role}_compact.jinja"))
     return parser.parse_args_into_dataclasses()
 
 
@@ -360,20 +366,21 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
     print(f"{output}: exact match {exact:.1%} and loss {loss:.3f} on {len(dev)} dev examples")
 
 
-def progress_callback(name: str) -> transformers.TrainerCallback:
+def progress_callback(name: str) -> "transformers.TrainerCallback":
     """Prints a line at every evaluation. Lines, not a bar, as several students may train side by side."""
 
     class Progress(transformers.TrainerCallback):
         def on_train_begin(self, training, state, control, **_):
             self.started, self.first = time.time(), state.global_step
-            print(f"{name}: {state.max_steps} steps" + (f", going on from step {self.first}" * (self.first > 0)))
+            resumed = f", going on from step {self.first}" if self.first else ""
+            print(f"{name}: {state.max_steps} steps{resumed}", flush=True)
 
         def on_evaluate(self, training, state, control, metrics, **_):
             pace = (time.time() - self.started) / max(1, state.global_step - self.first)
             left = round(pace * (state.max_steps - state.global_step))
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             print(f"{name}: step {state.global_step} of {state.max_steps}, loss {float(losses[-1]):.3f} on train "
-                  f"and {metrics['eval_loss']:.3f} on dev, {left // 60}:{left % 60:02} left")
+                  f"and {metrics['eval_loss']:.3f} on dev, {left // 60}:{left % 60:02} left", flush=True)
 
     return Progress()
 
@@ -399,7 +406,8 @@ def last_checkpoint(output: Path, settings: str) -> Path | None:
 
 
 def main():
-    options, training = parse_flags("subgoal", Options, __doc__, learning_rate=4e-4, num_train_epochs=20)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=6)
+    options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 
 
