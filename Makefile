@@ -55,10 +55,10 @@ WORKERS    ?= $(CORES)
 
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
-.PHONY: all annotate subgoal action flat students evaluate test lint clean help
+.PHONY: .venv all annotate subgoal action flat students evaluate test lint clean help
 .DELETE_ON_ERROR:
 
-all: .venv                  ## the whole method, from nothing to the result table
+all: .venv/ready              ## the whole method, from nothing to the result table
 	@$(MAKE) --no-print-directory annotate
 	@$(MAKE) --no-print-directory -j$(JOBS) students
 	@$(MAKE) --no-print-directory evaluate
@@ -83,14 +83,14 @@ THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 PLAY = $(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) --beams $(BEAMS) \
   --workers $(WORKERS) --output $@.part
 
-$(RUN)/train.jsonl: annotate.py | .venv
+$(RUN)/train.jsonl: annotate.py | .venv/ready
 	for set in $(TRAIN_SETS); do \
 	  case $$set in *:*) first="--variations $${set#*:}";; *) first=;; esac; \
 	  $(ANNOTATE) --split train --tasks $${set%%:*} $$first || exit; \
 	done
 	mv $@.part $@
 
-$(RUN)/dev.jsonl: annotate.py | .venv
+$(RUN)/dev.jsonl: annotate.py | .venv/ready
 	$(ANNOTATE) --split dev --tasks $(TASKS) --variations $(DEV_VARIATIONS)
 	mv $@.part $@
 
@@ -123,15 +123,16 @@ $(RUN)/report.md: $(EPISODES)
 
 # ---- The house -------------------------------------------------------------------------------------------------------
 
-.venv: requirements.txt     ## the packages, pinned
+.venv: .venv/ready          ## the packages, pinned
+.venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt
-	@touch .venv
+	@touch $@
 
-test: .venv                 ## the tests: real simulator, tiny models
+test: .venv/ready             ## the tests: real simulator, tiny models
 	.venv/bin/python -m pytest
 
-lint: .venv                 ## ruff
+lint: .venv/ready             ## ruff
 	.venv/bin/ruff check .
 
 clean:                      ## remove what the runs made (runs/); the packages stay
