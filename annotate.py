@@ -11,6 +11,7 @@ keeps the state before and the outcome after every action, and names the sub-goa
             OUTPUT.responses.jsonl     every raw response with its usage, before anyone reads it
             OUTPUT.failures.jsonl      answers beyond repair, with their text; OUTPUT.batch.json: the batch under way
 
+    python annotate.py --tasks 4,7-1 --split train --output train.jsonl
     python annotate.py --tasks 4,7-1 --split train --annotator rules --output train.jsonl
     python annotate.py --tasks boil --annotator llm --llm gpt-4o-mini --output boil.jsonl --dry-run
     python annotate.py --annotator llm --base-url http://localhost:8000/v1 --llm NAME --tasks all --output all.jsonl
@@ -39,7 +40,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -71,7 +72,7 @@ BATCH_DISCOUNT = 0.5  # the Batch API's price, as a share of the list price
 BATCH_LINES, BATCH_BYTES = 50_000, 200_000_000  # the Batch API's limits for one file
 CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
 NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
-SAME_ACTION = 85  # an answered action at least this alike (0-100, rapidfuzz ratio) counts as the expert's
+SAME_ACTION = 0.85  # an answered action at least this alike (0-1) counts as the expert's
 COVERED = 0.8  # a trajectory of which less fits another one's segmentation does not get it
 
 
@@ -313,7 +314,12 @@ RULES = [
     # taking and filling
     ("find(X)", "(open _;)+(pick up|focus on) X;"),
     ("fill(X, water)", "move X to sink;activate sink;deactivate sink;(pick up _;)?(pour _ into _;)?(examine _;)?"),
+    ("harvest(seeds)", "(move [^;]*(seed|organism|living thing)[^;]* to _ cup;)+(look at seed jar;)?"),
+    ("fill(C pot, X)", "(open cupboard;)?(pick up X;)?move X to C pot;(pick up C pot;)?"),
+    ("fill(C cup, X)", "(pick up X;)?move X to C cup;"),
     ("read(X)", "pick up X;read X;"),
+    ("pick_up(parts)", "(pick up _;){3,}"),
+    ("drop(parts)", "(drop _;){3,}"),
     ("dig(soil)", "use shovel on ground;pick up soil;"),
     # heating, cooling, measuring
     ("heat(X, D)", "(pour _ into _;)?(pick up _;)*(open _;)*move X to D;activate D;"),
@@ -323,15 +329,17 @@ RULES = [
     # mixing
     ("mix(V)", "(open _;)*((pour _ (in|into) _|move _ to _|examine _);)*mix V;"),
     # growing
+    ("plant(X)", "(move X in seed jar to flower pot [0-9]+;)+"),
     ("plant(X)", "(move X to flower pot [0-9]+;)+"),
     ("water(plants)", "(activate sink;)?(move jug to sink;pour jug into _;)+(deactivate sink;)?"),
-    ("pollinate(plants)", "(close door to _;)*open bee hive;(wait[0-9]*;)*"),
+    ("pollinate(plants)", "(close door to _;)*open bee hive;"),
     ("wait()", "(wait[0-9]*;)+"),
     # electricity
-    ("power(D)", "(connect _ to _;)*connect _ to (anode|cathode) in D;(connect _ to (anode|cathode) in D;)*"),
+    ("power(D)", "(connect _ to _;)*connect _ to (anode|cathode) in D;(connect _ to (anode|cathode) in D;)*"
+                 "(activate _;)?(wait[0-9]*;)*"),
     ("test_conductivity(X)", "(connect X terminal [12] to _;)+(wait[0-9]*;)*"),
     # inclined planes
-    ("time(X)", "(move block to _;)?activate stopwatch;(look at X;)+deactivate stopwatch;(examine stopwatch;)?"),
+    ("measure_time(B, X)", "move B to X;activate stopwatch;(look at X;)+deactivate stopwatch;(examine stopwatch;)?"),
 ]
 LOOK_ON = re.compile(r"look around|\d+")  # belongs to the sub-goal before it: a look, the answer to "which one?"
 
@@ -453,74 +461,104 @@ def template(action: str) -> tuple[str, tuple[str, ...]]:
     """An action's template and objects: `move metal pot to stove` is (move, (metal pot, stove))."""
     match = VERB.fullmatch(action.replace(" in inventory", ""))
     if not match:
-        return "", ()
+        return action, ()
     return match[1], tuple(re.split(JOINTS.get(match[1], "$^"), match[2], maxsplit=1)) if match[2] else ()
+
+
+def deeds(episode: Episode) -> list[int]:
+    """The steps of an episode that are neither a walk, which depends on where one stands, nor a look."""
+    return [i for i, step in enumerate(episode["steps"])
+            if not LOOK_ON.fullmatch(step["action"]) and template(step["action"])[0] not in ("open door to", "go to")]
+
+
+@lru_cache(2**16)
+def alike(a: str, b: str) -> float:
+    """How alike two texts are, 0-1."""
+    return rapidfuzz.fuzz.ratio(a, b) / 100
 
 
 def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     """The sub-goal of each of an episode's actions, after an annotated episode of its task; and the share that fitted.
 
-    An action fits when its template is that of the source's action it is aligned with, or occurs in the sub-goal next
-    to which it stands (a longer walk, more waiting). Objects and rooms in a sub-goal's name become the new ones.
+    What is done is aligned with what the source does. It fits when it has the template of the action it is aligned
+    with, or one that occurs in the sub-goal beside it (more waiting). Objects in a sub-goal's name become the new ones.
+    Walks are named by where they lead, and what does not fit as well: by the rules.
     """
-    old, new = ([template(step["action"]) for step in e["steps"]] for e in (source, episode))
-    labels = [step["subgoal"] for step in source["steps"]]
-    part = [0]  # the number of the sub-goal that each step of the source serves
-    for before, after in zip(labels, labels[1:], strict=False):
-        part.append(part[-1] + (before != after))
-    verbs = defaultdict(set)
-    for number, (verb, _) in zip(part, old, strict=True):
-        verbs[number].add(verb)
+    rows, columns = deeds(source), deeds(episode)
+    old, new = ([template(e["steps"][i]["action"]) for i in steps] for e, steps in ((source, rows), (episode, columns)))
+    runs = list(subgoals_of(source))
+    part = [number for number, (_, actions) in enumerate(runs) for _ in actions]  # each step's sub-goal, by its place
+    part = [part[i] for i in rows]
+    verbs = {(number, verb) for number, (verb, _) in zip(part, old, strict=True)}
 
-    def home(row: int, column: int) -> int | None:
-        """The sub-goal beside the source's `row` in which the left-over action fits."""
-        beside = [part[r] for r in (row, row + 1) if 0 <= r < len(old)]
-        return next((number for number in beside if new[column][0] in verbs[number]), None)
+    def beside(row: int, column: int) -> int | None:
+        """The sub-goal at the source's `row` or after it in which a left-over action fits."""
+        near = [part[r] for r in (row, row + 1) if 0 <= r < len(old)]
+        return next((number for number in near if (number, new[column][0]) in verbs), None)
 
     def gain(row: int, column: int) -> float:
         (verb, objects), (other, others) = old[row], new[column]
         if verb != other or len(objects) != len(others):
             return 0
-        same = sum(a == b for a, b in zip(objects, others, strict=True))
-        return 1 + (same / len(objects) if objects else 1)
+        return 1 + (sum(map(alike, objects, others)) / len(objects) if objects else 1)
 
-    aligned = align(len(old), len(new), gain, lambda row, column: 0.75 * (home(row, column) is not None))
-    homes = [part[row] if own else home(row, column) for column, (row, own) in enumerate(aligned)]
-    fitted = sum(number is not None for number in homes) / len(homes)
-    current = next((number for number in homes if number is not None), 0)
-    homes = [current := current if number is None else number for number in homes]
-
-    everywhere = defaultdict(Counter)  # which new object an old one was aligned with
-    for column, (row, own) in enumerate(aligned):
-        for a, b in zip(old[row][1], new[column][1], strict=True) if own else ():
-            everywhere[a][b] += 1
-    worded, words = source["description"].split(), episode["description"].split()
-    for kind, a, b, c, d in SequenceMatcher(None, worded, words, autojunk=False).get_opcodes():
-        if kind == "replace":
-            everywhere[" ".join(worded[a:b]).strip(".,")][" ".join(words[c:d]).strip(".,")] += 1
-    renamed = {a: counts.most_common(1)[0][0] for a, counts in everywhere.items()}
-    anywhere = re.compile(r"\b(" + "|".join(map(re.escape, sorted(renamed, key=len, reverse=True))) + r")\b")
+    aligned = align(len(old), len(new), gain, lambda row, column: 0.75 * (beside(row, column) is not None))
+    homes = [part[row] if own else beside(row, column) for column, (row, own) in enumerate(aligned)]
+    same = [(part[row], *pair) for column, (row, own) in enumerate(aligned) if own
+            for pair in zip(old[row][1], new[column][1], strict=True)]
+    same.append((None, source["description"], episode["description"]))
 
     def rename(argument: str, number: int) -> str:
-        slot = next(((verb, objects.index(argument)) for (verb, objects), p in zip(old, part, strict=True)
-                     if p == number and argument in objects), None)
-        found = [objects[slot[1]] for (verb, objects), home in zip(new, homes, strict=True)
-                 if slot and home == number and verb == slot[0] and len(objects) > slot[1]]
-        if found:
-            return found[-1]
-        return anywhere.sub(lambda match: renamed[match[0]], argument) if renamed else argument
+        """An object's new name, from the aligned actions of its sub-goal, then of others, then the descriptions."""
+        for _, before, after in sorted(same, key=lambda pair: pair[0] != number):
+            if found := replaced(argument, before, after):
+                return found
+        return argument
 
     names = {}
-    for number in set(homes):
-        function, _, arguments = labels[part.index(number)].removesuffix(")").partition("(")
+    for number in {home for home in homes if home is not None}:
+        function, _, arguments = runs[number][0].removesuffix(")").partition("(")
         names[number] = f"{function}({', '.join(rename(a, number) for a in arguments.split(', '))})"
-    return [names[number] for number in homes], fitted
+    ruled = labels_of(annotate_by_rules(episode))
+    carried = {i: names[home] for i, home in zip(columns, homes, strict=True) if home is not None}
+    labels = []
+    for i, label in enumerate(ruled):
+        if i in carried:
+            label = carried[i]
+        elif i and (label == ruled[i - 1] or LOOK_ON.fullmatch(episode["steps"][i]["action"])):
+            label = labels[i - 1]
+        elif ruled[i + 1 : i + 2] == [label]:
+            label = carried.get(i + 1, label)
+        labels.append(label)
+    return labels, sum(home is not None for home in homes) / max(1, len(homes))
 
 
-def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode | None:
-    """An episode with the sub-goals of the best fitting of some annotated episodes of its task; None if none fits."""
-    labels, fitted = max((carry_over(source, episode) for source in sources), key=lambda pair: pair[1], default=([], 0))
-    return labelled(episode, labels, answer="carried over") if fitted >= COVERED else None
+def replaced(phrase: str, before: str, after: str) -> str:
+    """What stands in one text where a phrase stands in another that is worded alike; empty if it is not in it.
+
+    replaced("blue paint", "cup containing blue paint", "cup containing red paint") is `red paint`.
+    """
+    words, old, new = phrase.split(), before.split(), after.split()
+    start = next((i for i in range(len(old)) if [word.strip(".,'") for word in old[i : i + len(words)]] == words), None)
+    if start is None:
+        return ""
+    found = []
+    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if a < start + len(words) and start < b:
+            found += new[c + max(start - a, 0) : d - max(b - start - len(words), 0)] if kind == "equal" else new[c:d]
+    return " ".join(found).strip(".,'")
+
+
+def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode:
+    """An episode with the sub-goals of the best fitting of some annotated episodes of its task; by rules if none fits.
+
+    Its `answer` says which: carried over, or rules.
+    """
+    carried = (carry_over(source, episode) for source in sources)
+    labels, fitted = max(carried, key=lambda pair: pair[1], default=([], 0))
+    if fitted < COVERED:
+        return {**annotate_by_rules(episode), "answer": "rules"}
+    return labelled(episode, labels, answer="carried over")
 
 
 def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
@@ -534,8 +572,8 @@ def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
 
 
 # A name in functional form and a colon, at the start of a line or after a number, a bracket, a comma or a quote.
-SUBGOAL = re.compile(r"(?:^|[{}\[\],\"']|\d ?[-.):]*)[ \t*-]*([A-Za-z_]\w*) ?\(((?:[^(){}]|\([^(){}]*\))*)\)['\"]?\s*(?::|=>|->)",
-                     re.MULTILINE)
+SUBGOAL = re.compile(r"(?:^|[{}\[\],\"']|\d ?[-.):]*)[ \t*-]*([A-Za-z_]\w*) ?\(((?:[^(){}]|\([^(){}]*\))*)\)['\"]?"
+                     r"\s*(?::|=>|->)", re.MULTILINE)
 
 
 def parse_answer(answer: str) -> list[tuple[str, str]]:
@@ -565,11 +603,10 @@ def read_answer(text: str, actions: list[str]) -> tuple[list[str | None], bool]:
     pairs = parse_answer(text)
     answered = [action.casefold() for _, action in pairs]
     wanted = [action.casefold() for action in actions]
-    alike = cache(partial(rapidfuzz.fuzz.ratio, score_cutoff=SAME_ACTION))
 
     def gain(row: int, column: int) -> float:
         a, b = answered[row], wanted[column]
-        return 2 if a == b else alike(a, b) / 100
+        return 2 if a == b else alike(a, b) if alike(a, b) >= SAME_ACTION else 0
 
     aligned = align(len(answered), len(wanted), gain)
     labels = [pairs[row][0] if own else None for row, own in aligned]
@@ -648,11 +685,14 @@ def subgoals_of(episode: Episode) -> list[tuple[str, list[str]]]:
 
 
 def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
-    """Boiling water, then one of the episode's own task type (section 3.1); never the episode itself."""
+    """Two examples: boiling water, and one of the episode's own task type (section 3.1); never the episode itself.
+
+    Where none of them is left, the next in the file: its tasks stand in the benchmark's order, likes side by side.
+    """
     others = [e for e in examples if (e["task"], e["variation"]) != (episode["task"], episode["variation"])]
-    fixed = [e for e in others if e["task"] == "boil"]
-    same = fixed[1:] if episode["task"] == "boil" else [e for e in others if e["task"] == episode["task"]]
-    return fixed[:1] + same[:1]
+    same = [e for e in others if e["task"] == episode["task"]]
+    ranked = [e for e in others if e["task"] == "boil"][:1] + same + others
+    return list({(e["task"], e["variation"]): e for e in ranked}.values())[:2]
 
 
 def ask_for(question: str, episode: Episode, labels: list[str | None], examples: list[Episode]) -> list[dict]:
@@ -1097,8 +1137,8 @@ async def annotate_all(args, tasks: list[str], output: EpisodeFile, examples: li
             if not teacher:
                 async for episode in arriving:
                     sources = [e for e in examples if e["task"] == episode["task"]]
-                    carried = annotate_by_examples(sources, episode) if args.annotator == "examples" else None
-                    deliver(carried or annotate_by_rules(episode))
+                    by_examples = args.annotator == "examples"
+                    deliver(annotate_by_examples(sources, episode) if by_examples else annotate_by_rules(episode))
                     if run.halt:
                         break
                 return
@@ -1117,7 +1157,7 @@ async def annotate_all(args, tasks: list[str], output: EpisodeFile, examples: li
             for episode in others if not run.halt else []:
                 sources = [e for e in output.episodes if e["task"] == episode["task"] and e["answer"] != "carried over"]
                 carried = annotate_by_examples(sources, episode)
-                if carried:
+                if carried["answer"] == "carried over":
                     deliver(carried)
                 else:
                     misfits.append(episode)
@@ -1203,8 +1243,8 @@ def report_agreement(examples: list[Episode]):
     for example in examples:
         others = [e for e in examples if e["task"] == example["task"] and e is not example]
         if others:
-            carried = annotate_by_examples(others, example) or annotate_by_rules(example)
-            held_out.append((example, labels_of(carried), carried.get("answer") == "carried over"))
+            carried = annotate_by_examples(others, example)
+            held_out.append((example, labels_of(carried), carried["answer"] == "carried over"))
     if held_out:
         names = f"the {len(held_out)} of the {len({e['task'] for e, _, _ in held_out})} tasks with two"
         rows[f"rules, {names}"] = [(labels_of(annotate_by_rules(e)), labels_of(e)) for e, _, _ in held_out]
@@ -1253,9 +1293,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variations", type=positive, metavar="N", help="only the first N of each task (default: all)")
     parser.add_argument("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
     parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
-    parser.add_argument("--annotator", choices=["rules", "examples", "llm"], default="rules",
+    parser.add_argument("--annotator", choices=["rules", "examples", "llm"], default="examples",
                         help="who names the sub-goals: the embedded table, the hand-written examples of the task "
-                             "carried over, or an LLM (default: rules)")
+                             "carried over, or an LLM (default: examples)")
     parser.add_argument("--examples", default=EXAMPLES, metavar="FILE",
                         help="annotated trajectories to imitate (default: prompts/examples.jsonl)")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",

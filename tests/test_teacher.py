@@ -445,7 +445,7 @@ def test_carrying_over_renames_objects_and_follows_longer_walks_and_waits():
     def episode(description: str, *actions: str, subgoals=()) -> dict:
         labels = [name for name, count in subgoals for _ in range(count)] or [None] * len(actions)
         return {"description": description, "steps": [
-            {"action": action, "subgoal": label} for action, label in zip(actions, labels, strict=True)]}
+            {"action": action, "subgoal": label, "look": ""} for action, label in zip(actions, labels, strict=True)]}
 
     subgoals = [("navigate_to(kitchen)", 2), ("find(metal pot)", 2), ("wait()", 1), ("heat(water, metal pot)", 2)]
     source = episode("boil water", "open door to kitchen", "go to kitchen", "open cupboard", "pick up metal pot",
@@ -455,7 +455,8 @@ def test_carrying_over_renames_objects_and_follows_longer_walks_and_waits():
                     "activate blast furnace")
     labels = labels_of(annotate_by_examples([source], other))
     assert labels == ["navigate_to(foundry)"] * 4 + ["find(tin cup)"] * 2 + ["wait()"] * 3 + ["heat(lead, tin cup)"] * 2
-    assert annotate_by_examples([source], episode("x", "read book", "eat apple", "dunk cup into bath")) is None
+    stranger = annotate_by_examples([source], episode("x", "read book", "eat apple", "dunk cup into bath"))
+    assert stranger["answer"] == "rules" and labels_of(stranger)[0] == "read(book)"
 
 
 # ---- Reading answers
@@ -514,16 +515,18 @@ def test_parse_answer_takes_parentheses_and_commas_within_names():
 
 def test_a_question_shows_boiling_water_then_an_example_of_the_same_task_type():
     examples = read_episodes(EXAMPLES)
-    by_task = Counter(e["task"] for e in examples)
-    assert len(by_task) == 30
-    for task in by_task:
+    assert len({e["task"] for e in examples}) == 30
+    for task in {e["task"] for e in examples}:
         of_task = [e for e in examples if e["task"] == task]
         shown = worked_examples(examples, {**of_task[0], "variation": -1})
-        assert shown[0]["task"] == "boil" and shown[1:] == (of_task[1:2] if task == "boil" else of_task[:1])
+        assert len(shown) == 2 and shown[0]["task"] == "boil"
+        if task != "boil" or len(of_task) > 1:
+            assert shown[1] == of_task[task == "boil"]
         for own in of_task:
             shown = worked_examples(examples, own)
-            assert own not in shown and shown[0]["task"] == "boil"
-            assert [e["task"] for e in shown[1:]] == [task] * (len(of_task) > 1 + (task == "boil"))
+            assert len(shown) == 2 and own not in shown
+            if len(of_task) > 1:
+                assert shown[task != "boil"]["task"] == task
 
 
 def test_the_short_question_shows_what_is_missing_and_nothing_of_the_worked_examples():
