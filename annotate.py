@@ -571,9 +571,10 @@ def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
 # From an LLM's answer to labels. The answers so far decide the next question, so a restart replays them for free.
 
 
-# A name in functional form and a colon, at the start of a line or after a number, a bracket, a comma or a quote.
-SUBGOAL = re.compile(r"(?:^|[{}\[\],\"']|\d ?[-.):]*)[ \t*-]*([A-Za-z_]\w*) ?\(((?:[^(){}]|\([^(){}]*\))*)\)['\"]?"
-                     r"\s*(?::|=>|->)", re.MULTILINE)
+# A name in functional form, at the start of a line or after a number, bracket, comma, colon or quote; then a colon,
+# an arrow, a comma after a quote, or the end of the line.
+SUBGOAL = re.compile(r"(?:^|[{}\[\],:\"']|\d ?[-.):]*)[ \t*-]*['\"]?([A-Za-z_]\w*) ?\(((?:[^(){}]|\([^(){}]*\))*)\)"
+                     r"(?:['\"]?\s*(?::|=>|->)|['\"]\s*,|[ \t]*\n)", re.MULTILINE)
 
 
 def parse_answer(answer: str) -> list[tuple[str, str]]:
@@ -588,6 +589,7 @@ def parse_answer(answer: str) -> list[tuple[str, str]]:
     for header, after in zip(headers, [*headers[1:], None], strict=False):
         name = f"{header[1]}({' '.join(header[2].split())})".replace("'", "").replace('"', "")
         body = answer[header.end() : after and after.start()]
+        body = re.sub(r"^\s*['\"]?\w+['\"]?\s*:", "", body)  # actions:
         body = re.split(r"[}\]]", body, maxsplit=1)[0].strip(" \n{[")
         actions = [match[2] for match in re.finditer(r"(['\"])(.+?)\1(?=\s*(?:[,;\n]|$))", body, re.DOTALL)]
         actions = actions or [part.strip(" \t'\"-*•") for part in re.split(r"[,;\n]", body)]
@@ -603,6 +605,8 @@ def read_answer(text: str, actions: list[str]) -> tuple[list[str | None], bool]:
     pairs = parse_answer(text)
     answered = [action.casefold() for _, action in pairs]
     wanted = [action.casefold() for action in actions]
+    if answered == wanted:
+        return [name for name, _ in pairs], True
 
     def gain(row: int, column: int) -> float:
         a, b = answered[row], wanted[column]
@@ -617,7 +621,7 @@ def read_answer(text: str, actions: list[str]) -> tuple[list[str | None], bool]:
         if row is not None:
             labels[column] = pairs[row][0]
             spare.remove(row)
-    return labels, answered == wanted
+    return labels, False
 
 
 def join_alone(labels: list[str | None]) -> list[str | None]:
@@ -762,6 +766,7 @@ class Teacher:
         self.answers = defaultdict(list)  # (task, variation): the records of its answers, in order
         self.tokens, self.dollars, self.set_aside = 0, 0.0, []
         self.settled = asyncio.Condition()
+        self.slots = asyncio.Semaphore(args.concurrency)
         for record in self.responses.records():
             if record["llm"] != args.llm:
                 fail(f"{self.responses.path} holds answers of {record['llm']}. Name another --output, or that --llm.")
@@ -782,6 +787,8 @@ class Teacher:
         """Put a raw response on the disk, with what it cost."""
         with suppress(ValueError):  # what is no JSON is kept as it came, and reads as an empty answer
             response = json.loads(response) if isinstance(response, str) else response
+        if self.key:  # which an answer may repeat
+            response = json.loads(json.dumps(response, ensure_ascii=False).replace(self.key, "[key]"))
         record = {"task": episode["task"], "variation": episode["variation"], "question": question,
                   "llm": self.args.llm, "batch": self.args.batch, "dollars": None, "response": response}
         if self.price:
@@ -813,8 +820,8 @@ class Teacher:
 
     def hide(self, text) -> str:
         """One line of text without the key, which a server may repeat in its messages."""
-        text = " ".join(str(text).split())[:300]
-        return text.replace(self.key, "[key]") if self.key else text
+        text = " ".join(str(text).split())
+        return (text.replace(self.key, "[key]") if self.key else text)[:300]
 
     def explain(self, error: Exception) -> str | None:
         """Stop the run for an error that every question would meet; the reason as text for any other."""
@@ -859,25 +866,27 @@ class Teacher:
 
         messages = ask_for(reading.question, episode, reading.labels, self.examples)
         most = self.most(messages)
-        async with self.settled:
-            await self.settled.wait_for(lambda: self.run.halt or self.fits(most) or not self.set_aside)
-            if not self.run.halt and not self.fits(most):
-                self.stop_at_max_cost()
-            if self.run.halt:
-                return False
-            self.set_aside.append(most)
-        try:
-            raw = await self.client.chat.completions.with_raw_response.create(**self.request(messages))
-            self.keep(episode, reading.question, raw.text.replace(self.key, "[key]") if self.key else raw.text)
-            return True
-        except openai.APIError as error:
-            if reason := self.explain(error):
-                self.run.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
-            return False
-        finally:
+        async with self.slots:
             async with self.settled:
-                self.set_aside.remove(most)
-                self.settled.notify_all()
+                await self.settled.wait_for(lambda: self.run.halt or self.fits(most) or not self.set_aside)
+                if not self.run.halt and not self.fits(most):
+                    self.stop_at_max_cost()
+                if self.run.halt:
+                    return False
+                self.set_aside.append(most)
+            try:
+                raw = await self.client.chat.completions.with_raw_response.create(**self.request(messages))
+                self.keep(episode, reading.question, raw.text)
+            except openai.APIError as error:
+                if reason := self.explain(error):
+                    self.run.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
+                return False
+            finally:
+                async with self.settled:
+                    self.set_aside.remove(most)
+                    self.settled.notify_all()
+        await asyncio.sleep(0)  # the question that has waited for this slot goes out before this answer is read
+        return True
 
     def read(self, episode: Episode) -> Reading:
         records = self.answers[episode["task"], episode["variation"]]
@@ -907,7 +916,8 @@ class Teacher:
                 if not reading.question:
                     deliver(self.finish(episode, reading))
 
-        workers = [asyncio.create_task(work()) for _ in range(self.args.concurrency)]
+        # Twice as many as there are slots: whenever an answer comes, the next question is ready to go.
+        workers = [asyncio.create_task(work()) for _ in range(2 * self.args.concurrency)]
         async for episode in arriving:
             if self.run.halt:
                 break
@@ -932,6 +942,9 @@ class Teacher:
                     if not episodes or not await self.send_batch(episodes):
                         return
                 await self.fetch_batch(episodes)
+        except openai.NotFoundError:
+            self.run.stop("the server has no Batch API, or no longer this batch. Leave --batch out, or delete "
+                          f"{self.batch_file} to send it again.", 2)
         except openai.APIError as error:
             if reason := self.explain(error):
                 self.run.stop(f"the batch could not be reached ({reason}). The same command goes on with it.", 1)
@@ -992,25 +1005,25 @@ class Teacher:
                 return  # Ctrl-C: the batch goes on without us
             except TimeoutError:
                 batch = await self.client.batches.retrieve(batch.id)
-        came, errors = 0, [error.message for error in (batch.errors and batch.errors.data) or []]
+        came, errors = 0, [f"{error.code}: {error.message}" for error in (batch.errors and batch.errors.data) or []]
         for id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            text = (await self.client.files.content(id)).text
-            for line in jsonlines.Reader(io.StringIO(text.replace(self.key, "[key]") if self.key else text)):
+            for line in jsonlines.Reader(io.StringIO((await self.client.files.content(id)).text)):
                 name, number, question = line["custom_id"].rsplit("|", 2)
                 episode = episodes.get(name)
                 response = line.get("response") or {}
                 if response.get("status_code") != 200:
                     error = line.get("error") or (response.get("body") or {}).get("error") or {}
                     errors.append(f"{error.get('code')}: {error.get('message')}")
-                elif episode and int(number) == len(self.answers[episode["task"], episode["variation"]]):
+                    continue
+                came += 1
+                if episode and int(number) == len(self.answers[episode["task"], episode["variation"]]):  # not kept yet
                     self.keep(episode, question, response["body"])
-                    came += 1
         self.batch_file.unlink()
         if any("insufficient_quota" in error for error in errors):
             self.run.stop("the account's quota is used up. Add credit, then give the same command again.", 2)
-        elif not came and errors:
-            self.run.stop(f"batch {batch.id} ended as {batch.status} without an answer: {self.hide(errors[0])}. "
-                          "The same command sends it again.", 1)
+        elif not came:
+            self.run.stop(f"batch {batch.id} ended as {batch.status} without an answer"
+                          f"{': ' + self.hide(errors[0]) if errors else ''}. The same command sends it again.", 1)
 
 
 async def give_up_without_quota(response):
@@ -1093,7 +1106,9 @@ async def trajectories(args, tasks: list[str], run: Run, progress: tqdm, done: s
         unknown = iter([pair for pair in todo if pair not in known])
         while not run.halt:
             for pair in islice(unknown, 2 * args.workers - len(pending)):
-                pending.add(asyncio.wrap_future(simulators.submit(collect, args.split, *pair)))
+                future = asyncio.wrap_future(simulators.submit(collect, args.split, *pair))
+                future.add_done_callback(lambda future: future.cancelled() or future.exception())  # seen, if never used
+                pending.add(future)
             if not pending:
                 break
             finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -1104,9 +1119,10 @@ async def trajectories(args, tasks: list[str], run: Run, progress: tqdm, done: s
                     yield episode
     except BrokenProcessPool:
         run.stop("a simulator died; is there 1 GB of memory for each of --workers? The same command goes on.", 1)
+    except Exception:
+        if not run.halt:  # Ctrl-C reaches the simulators too, and they go down with noise
+            raise
     finally:
-        for future in pending:
-            future.cancel()
         if simulators:
             simulators.shutdown(wait=False, cancel_futures=True)
 
@@ -1128,7 +1144,8 @@ async def annotate_all(args, tasks: list[str], output: EpisodeFile, examples: li
         def deliver(episode: Episode | None):
             if episode:
                 output.append({**episode, "annotator": annotator_name(args)})
-                output.episodes.append(episode)
+                if args.propagate:
+                    output.episodes.append(episode)
                 progress.update()
             spent = f", {teacher.tokens:,} tokens, ${teacher.dollars:.2f}" if teacher else ""
             progress.set_postfix_str(f"{len(run.undone)} failed{spent}", refresh=False)

@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.paid = Counter()  # completions that were sent, by trajectory
         self.attempts = Counter()  # chat requests, by trajectory
-        self.times = []  # when each request came
+        self.times, self.last_answer = [], 0.0  # (trajectory, when) of each request; when the last answer went
         self.files, self.batches, self.numbers = {}, {}, count(1)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -240,6 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.drop()
         time.sleep(server.seconds)
         self.reply(server.complete(body))
+        server.last_answer = time.monotonic()
 
     def drop(self):
         """Promise a body, send a part of it, hang up."""

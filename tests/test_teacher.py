@@ -474,6 +474,10 @@ NAMES = ["navigate_to(kitchen)"] * 2 + ["find(pot, in cupboard (old))"] * 3
     "- open cupboard\n- pick up metal pot\n- look around",
     "{“navigate_to('kitchen')”: [‘open door to kitchen’, ‘go to kitchen’], "
     "“find(pot, in cupboard (old))”: [‘open cupboard’, ‘pick up metal pot’, ‘look around’]}",
+    "Here you go\n1. navigate_to(kitchen)\n   * open door to kitchen\n   * go to kitchen\n2. find(pot, in cupboard "
+    "(old))\n   * open cupboard\n   * pick up metal pot\n   * look around\n",
+    json.dumps([{"subgoal": name, "actions": actions} for name, actions in
+                (("navigate_to(kitchen)", ACTIONS[:2]), ("find(pot, in cupboard (old))", ACTIONS[2:]))]),
     "1- navigate_to(kitchen): {`Open door to kitchen`, `Go to the kitchen`}\n"
     "2- find(pot, in cupboard (old)): {`open cupboard`, `pick up metal pot`, `look around`",
 ])
