@@ -1163,14 +1163,13 @@ async def annotate_all(args, tasks: list[str], output: EpisodeFile, examples: li
             if not args.propagate:
                 return await annotate(arriving, deliver)
             # The first few of each task are asked about; the others follow them; those that do not fit are asked too.
-            asked = [e for e in output.episodes if e["answer"] != "carried over"]
-            places = {task: args.propagate - sum(e["task"] == task for e in asked) for task in tasks}
-            first, others = [], []
+            asked = Counter(e["task"] for e in output.episodes if e["answer"] != "carried over")
+            places = {task: args.propagate - asked[task] for task in tasks}
+            first, others, misfits = [], [], []
             for episode in sorted([e async for e in arriving], key=lambda e: (e["task"], e["variation"])):
                 places[episode["task"]] -= 1
                 (first if places[episode["task"]] >= 0 else others).append(episode)
             await annotate(each(first), deliver)
-            misfits = []
             for episode in others if not run.halt else []:
                 sources = [e for e in output.episodes if e["task"] == episode["task"] and e["answer"] != "carried over"]
                 carried = annotate_by_examples(sources, episode)
@@ -1295,8 +1294,7 @@ def report(paths: list[str], examples: list[Episode]):
             dollars = "price unknown" if spent["dollars"] is None else f"${spent['dollars']:.4f}"
             print(f"  the LLM: {spent['calls']:,} calls, {spent['prompt_tokens']:,} tokens read, "
                   f"{spent['completion_tokens']:,} written, {dollars}")
-    if examples:
-        report_agreement(examples)
+    report_agreement(examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1325,15 +1323,15 @@ def parse_args() -> argparse.Namespace:
     llm.add_argument("--batch", action="store_true", help="use the Batch API: half the price, an answer within a day")
     llm.add_argument("--propagate", nargs="?", type=positive, const=1, metavar="K",
                      help="ask about K trajectories of each task (default: 1); the others take over their sub-goals")
-    llm.add_argument("--max-cost", type=dollars, metavar="DOLLARS",
+    llm.add_argument("--max-cost", type=above_zero, metavar="DOLLARS",
                      help="stop before the output has cost more than this, earlier runs included")
     llm.add_argument("--price", type=prices, metavar="READ,WRITTEN",
                      help="dollars per million tokens read and written (default: the table at the top of this file)")
     llm.add_argument("--concurrency", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
     llm.add_argument("--retries", type=int, default=2, metavar="N",
                      help="how often to ask again when an answer is beyond repair (default: 2)")
-    llm.add_argument("--timeout", type=seconds, default=120, metavar="SECONDS", help="for one answer (default: 120)")
-    llm.add_argument("--poll", type=seconds, default=30, metavar="SECONDS", help="between looks at the batch (30)")
+    llm.add_argument("--timeout", type=above_zero, default=120, metavar="SECONDS", help="for one answer (default: 120)")
+    llm.add_argument("--poll", type=above_zero, default=30, metavar="SECONDS", help="between looks at the batch (30)")
     llm.add_argument("--answer-tokens", type=positive, default=4000, metavar="N",
                      help="where an answer is cut off; more for models that reason first (default: 4000)")
     llm.add_argument("--temperature", type=float, metavar="T", help="0 repeats best, but not every model takes it "
@@ -1354,7 +1352,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
+def above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -1362,9 +1360,6 @@ def seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
-
-
-dollars = seconds  # both: any number above 0
 
 
 def prices(text: str) -> tuple[float, float]:
@@ -1381,7 +1376,7 @@ def annotator_name(args: argparse.Namespace) -> str:
 
 def main():
     args = parse_args()
-    examples = read_episodes(args.examples) if Path(args.examples) != EXAMPLES or EXAMPLES.exists() else []
+    examples = read_episodes(args.examples)
     if args.report:
         report(args.report, examples)
         return

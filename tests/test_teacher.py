@@ -26,6 +26,7 @@ from annotate import (  # noqa: E402
     actions_of,
     agreement,
     annotate_by_examples,
+    annotate_by_rules,
     ask_for,
     boundaries,
     labels_of,
@@ -457,6 +458,29 @@ def test_carrying_over_renames_objects_and_follows_longer_walks_and_waits():
     assert labels == ["navigate_to(foundry)"] * 4 + ["find(tin cup)"] * 2 + ["wait()"] * 3 + ["heat(lead, tin cup)"] * 2
     stranger = annotate_by_examples([source], episode("x", "read book", "eat apple", "dunk cup into bath"))
     assert stranger["answer"] == "rules" and labels_of(stranger)[0] == "read(book)"
+
+
+def test_trajectories_in_a_file_are_annotated_without_a_simulator_or_a_server(house):
+    episodes = trajectories(house.input, 50)
+    for annotator in ("examples", "rules"):
+        output = house.folder / f"{annotator}.jsonl"
+        subprocess.run(command("--input", house.input, "--annotator", annotator, "--output", output), check=True,
+                       capture_output=True, env={**environment(""), "PATH": ""}, timeout=60)
+        annotated = sorted(read_episodes(output), key=lambda e: e["variation"])
+        assert list(map(actions_of, annotated)) == list(map(actions_of, episodes))
+        assert all(all(labels_of(e)) and e["annotator"] == annotator for e in annotated)
+
+
+def test_the_embedded_annotators_are_close_to_the_hand():
+    examples = read_episodes(EXAMPLES)
+    by_rules = agreement([(labels_of(annotate_by_rules(e)), labels_of(e)) for e in examples])
+    assert by_rules["F1"] >= 0.85
+    held_out = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
+    held_out = [(e, others) for e, others in held_out if others]
+    assert len({e["task"] for e, _ in held_out}) >= 10
+    carried = agreement([(labels_of(annotate_by_examples(others, e)), labels_of(e)) for e, others in held_out])
+    by_rules = agreement([(labels_of(annotate_by_rules(e)), labels_of(e)) for e, _ in held_out])
+    assert carried["F1"] >= by_rules["F1"] and carried["same sub-goal"] >= by_rules["same sub-goal"] + 0.1
 
 
 # ---- Reading answers
