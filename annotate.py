@@ -421,32 +421,28 @@ def room_of(look: str) -> str:
 # Alignment: one dynamic program, for an answer and the expert's actions, and for one trajectory and another.
 
 
-def align(rows: int, columns: int, gain: Callable, left_over: Callable | None = None) -> list[tuple[int, bool]]:
+def align(rows: int, columns: int, gain: Callable[[int, int], float]) -> list[tuple[int, bool]]:
     """The alignment of a sequence of `rows` items with one of `columns` items, both in order, that gains the most.
 
-    gain(row, column) is what a pair gains, 0 if the two do not belong together; left_over(row, column) is what a column
-    gains that no row is left for, when `row` was the last one used (-1: none yet). Rows may be skipped at no cost.
-    Returns, for every column, the last row used so far and whether it is this column's own.
+    gain(row, column) is what a pair gains, 0 if the two do not belong together. Returns, for every column, the last row
+    used so far (-1: none yet) and whether it is this column's own.
     """
     best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    for row in range(rows + 1):
-        for column in range(columns + 1):
-            options = [best[row - 1][column]] if row else []
-            if column:
-                options.append(best[row][column - 1] + (left_over(row - 1, column - 1) if left_over else 0))
-            if row and column and (gained := gain(row - 1, column - 1)):
-                options.append(best[row - 1][column - 1] + gained)
-            best[row][column] = max(options, default=0.0)
+    for row in range(1, rows + 1):
+        for column in range(1, columns + 1):
+            apart = max(best[row - 1][column], best[row][column - 1])
+            gained = gain(row - 1, column - 1)
+            best[row][column] = max(apart, best[row - 1][column - 1] + gained) if gained else apart
     aligned, row, column = [], rows, columns
     while column:
         if row and best[row][column] == best[row - 1][column]:
             row -= 1
-        elif row and (gained := gain(row - 1, column - 1)) and best[row][column] == best[row - 1][column - 1] + gained:
-            row, column = row - 1, column - 1
-            aligned.append((row, True))
-        else:
+        elif best[row][column] == best[row][column - 1]:
             column -= 1
             aligned.append((row - 1, False))
+        else:
+            row, column = row - 1, column - 1
+            aligned.append((row, True))
     return aligned[::-1]
 
 
@@ -502,7 +498,7 @@ def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
             return 0
         return 1 + (sum(map(alike, objects, others)) / len(objects) if objects else 1)
 
-    aligned = align(len(old), len(new), gain, lambda row, column: 0.75 * (beside(row, column) is not None))
+    aligned = align(len(old), len(new), gain)
     homes = [part[row] if own else beside(row, column) for column, (row, own) in enumerate(aligned)]
     same = [(part[row], *pair) for column, (row, own) in enumerate(aligned) if own
             for pair in zip(old[row][1], new[column][1], strict=True)]
@@ -1395,8 +1391,10 @@ def main():
         print(f"{there} trajectories were there already.")
     if run.dropped:
         print(f"{len(run.dropped)} dropped, as their gold path ends below 100: {', '.join(run.dropped)}.")
-    for reason in run.undone:
+    for reason in run.undone[:20]:
         print(f"not annotated: {reason}")
+    if run.undone[20:]:
+        print(f"not annotated: {len(run.undone) - 20} more")
     if output.done:
         report([args.output], examples)
     if run.halt:

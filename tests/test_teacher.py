@@ -401,6 +401,7 @@ def test_a_kill_while_batch_results_are_written_pays_for_none_again(house, serve
     house.annotate(server, "--batch", "--poll", 0.1)
     house.check(episodes)
     assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+    assert len(house.lines(".responses.jsonl")) == 200, "an answer was kept, and counted, twice"
 
 
 def test_requests_that_a_batch_did_not_answer_are_sent_again(house, serve):
