@@ -201,6 +201,31 @@ class EpisodeFile(JsonLines):
         self.done.add((episode["task"], episode["variation"]))
 
 
+def beside(output: str, suffix: str) -> Path:
+    """The path of a file that goes with an output file: train.jsonl (or train.jsonl.part), train.responses.jsonl."""
+    return Path(re.sub(r"(\.jsonl)?(\.part)?$", "", str(output)) + suffix)
+
+
+def actions_of(episode: Episode) -> list[str]:
+    return [step["action"] for step in episode["steps"]]
+
+
+def labels_of(episode: Episode) -> list[str]:
+    return [step["subgoal"] for step in episode["steps"]]
+
+
+def subgoals_of(episode: Episode) -> list[tuple[str, list[str]]]:
+    """The sub-goals of an annotated episode, each with its actions."""
+    runs = groupby(episode["steps"], key=lambda step: step["subgoal"])
+    return [(subgoal, [step["action"] for step in steps]) for subgoal, steps in runs]
+
+
+def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
+    """The episode with a sub-goal for each of its steps, and more fields."""
+    steps = [{**step, "subgoal": label} for step, label in zip(episode["steps"], labels, strict=True)]
+    return {**episode, "steps": steps, **fields}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The simulator. One JVM a process; many games in it, driven from one thread (two threads corrupt each other's games).
 
@@ -557,15 +582,8 @@ def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode:
     return labelled(episode, labels, answer="carried over")
 
 
-def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
-    """The episode with a sub-goal for each of its steps, and more fields."""
-    steps = [{**step, "subgoal": label} for step, label in zip(episode["steps"], labels, strict=True)]
-    return {**episode, "steps": steps, **fields}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From an LLM's answer to labels. The answers so far decide the next question, so a restart replays them for free.
-
 
 # A name in functional form, at the start of a line or after a number, bracket, comma, colon or quote; then a colon,
 # an arrow, a comma after a quote, or the end of the line.
@@ -672,16 +690,6 @@ def read_answers(actions: list[str], answers: list[tuple[str, str]], retries: in
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
-
-
-def actions_of(episode: Episode) -> list[str]:
-    return [step["action"] for step in episode["steps"]]
-
-
-def subgoals_of(episode: Episode) -> list[tuple[str, list[str]]]:
-    """The sub-goals of an annotated episode, each with its actions."""
-    runs = groupby(episode["steps"], key=lambda step: step["subgoal"])
-    return [(subgoal, [step["action"] for step in steps]) for subgoal, steps in runs]
 
 
 def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
@@ -1028,11 +1036,6 @@ async def give_up_without_quota(response):
         response.headers["x-should-retry"] = "false"
 
 
-def beside(output: str, suffix: str) -> Path:
-    """The path of a file that goes with an output file: train.jsonl (or train.jsonl.part), train.responses.jsonl."""
-    return Path(re.sub(r"(\.jsonl)?(\.part)?$", "", str(output)) + suffix)
-
-
 def price_of(args: argparse.Namespace) -> tuple[float, float] | None:
     """Dollars per million tokens (read, written) of `--llm`; None if nobody said."""
     return args.price or PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", args.llm))
@@ -1242,10 +1245,6 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
             "same function": sum(same) / len(gold),
             "same sub-goal": sum(a == b for a, b in zip(proposed, gold, strict=True)) / len(gold)})
     return {name: total / len(pairs) for name, total in totals.items()}
-
-
-def labels_of(episode: Episode) -> list[str]:
-    return [step["subgoal"] for step in episode["steps"]]
 
 
 def report_agreement(examples: list[Episode]):
