@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         server, raw = self.server, self.rfile.read(int(self.headers["Content-Length"]))
         if not raw or not self.allowed():  # a client that was killed sends headers and no body
             return
-        if self.path == "/v1/files":
+        if self.path == "/v1/files" and not server.refuse:
             kind = self.headers["Content-Type"].encode()
             form = email.message_from_bytes(b"Content-Type: " + kind + b"\r\n\r\n" + raw)
             parts = {part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
@@ -206,6 +206,8 @@ class Handler(BaseHTTPRequestHandler):
             server.files[name] = parts["file"].decode()
             return self.reply({"id": name, "object": "file", "bytes": len(raw), "created_at": int(time.time()),
                                "filename": "questions.jsonl", "purpose": "batch", "status": "processed"})
+        if server.refuse:
+            return self.refuse(**server.refuse)
         body = json.loads(raw)
         if self.path == "/v1/batches":
             name = f"batch_{next(server.numbers)}"
@@ -220,8 +222,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "not_found", f"{self.path} does not exist")
         if body["model"] != MODEL:
             return self.refuse(404, "model_not_found", f"The model {body['model']} does not exist")
-        if server.refuse:
-            return self.refuse(**server.refuse)
         key, _ = read_question(body["messages"][-1]["content"])
         with server.lock:
             server.attempts[key] += 1

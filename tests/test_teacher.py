@@ -28,6 +28,7 @@ from annotate import (  # noqa: E402
     annotate_by_examples,
     annotate_by_rules,
     ask_for,
+    beside,
     boundaries,
     labels_of,
     parse_answer,
@@ -95,6 +96,11 @@ class House:
         lines = path.read_text().splitlines(True) if path.exists() else []
         return [json.loads(line) for line in lines if line[-1] == "\n"]
 
+    def answers(self) -> int:
+        """How many responses are on the disk."""
+        path = self.folder / "out.responses.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     def check(self, episodes: list[dict]):
         """All are labelled, none twice, each step's action is the expert's."""
         labelled = read_episodes(self.output)
@@ -147,7 +153,7 @@ def test_200_trajectories_end_labelled_though_one_answer_in_five_is_hit_by_a_fau
     assert server.paid == paid, "more calls than the faults cost"
     failed_requests = sum(fault in BEFORE_THE_ANSWER for fault in fault_of.values())
     assert sum(server.attempts.values()) == sum(paid.values()) + failed_requests
-    assert len(house.lines(".responses.jsonl")) == sum(paid.values())
+    assert house.answers() == sum(paid.values())
     for key in (key for key, fault in fault_of.items() if fault == "rate limit"):
         first, second = (moment for asked, moment in server.times if asked == key)
         assert second - first >= 1, "Retry-After was not honoured"
@@ -199,17 +205,17 @@ def test_one_answer_that_the_server_cannot_give_leaves_the_others_done(house, se
 
 def test_kill_9_ten_times_then_a_full_run_pays_for_no_written_answer_again(house, serve):
     episodes = trajectories(house.input, 200, longest=25)
-    server, moments, kept = serve(seconds=0.25), random.Random(7), []
+    server, moments, kept = serve(seconds=0.1), random.Random(7), []
     for _ in range(10):
-        before = len(house.lines(".responses.jsonl"))
+        before = house.answers()
         process = house.start(server, "--concurrency", 8)
-        goal = before + moments.randrange(1, 14)
-        wait_for(lambda goal=goal: len(house.lines(".responses.jsonl")) >= goal)
-        time.sleep(moments.uniform(0, 0.2))
+        goal = before + moments.randrange(1, 8)
+        wait_for(lambda goal=goal: house.answers() >= goal)
+        time.sleep(moments.uniform(0, 0.1))
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()
-        time.sleep(0.4)  # requests under way at the server end
+        time.sleep(0.2)  # requests under way at the server end
         written = {(record["task"], record["variation"]) for record in house.lines(".responses.jsonl")}
         kept.append({key: server.paid[key] for e in episodes
                      if (e["task"], e["variation"]) in written for key in [key_of(e)]})
@@ -239,7 +245,7 @@ def test_ctrl_c_waits_for_the_answers_under_way(house, serve):
     wait_for(lambda: len(server.times) >= 6)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert len(house.lines(".responses.jsonl")) == sum(server.paid.values()) == len(server.times) < 60
+    assert house.answers() == sum(server.paid.values()) == len(server.times) < 60
     server.seconds = 0
     house.annotate(server)
     house.check(episodes)
@@ -261,7 +267,7 @@ def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house, ser
     flags = ["--tasks", "7-1", "--variations", 4, "--workers", 1, "--concurrency", 1, "--annotator", "llm",
              "--base-url", server.url, "--llm", MODEL, "--output", house.output]
     process = subprocess.Popen(command(*flags), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(house.lines(".responses.jsonl")) >= 2)
+    wait_for(lambda: house.answers() >= 2)
     process.kill()
     process.wait()
     stored = house.lines(".trajectories.jsonl")
@@ -370,8 +376,8 @@ def test_a_batch_survives_being_closed_and_costs_half(house, serve):
     process.wait()
     assert "--batch" in house.annotate(server, code=2), "without --batch it would have paid a second time"
     process = house.start(server, "--batch", "--poll", 0.1)
-    wait_for(lambda: (house.folder / "out.batch.json").exists())
-    time.sleep(2)
+    polls = sum(batch["polls"] for batch in server.batches.values())
+    wait_for(lambda: sum(batch["polls"] for batch in server.batches.values()) > polls)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
     server.polls = 2
@@ -394,14 +400,14 @@ def test_a_batch_whose_creation_got_no_reply_is_found_and_not_made_again(house, 
 def test_a_kill_while_batch_results_are_written_pays_for_none_again(house, serve):
     episodes, server = trajectories(house.input, 200), serve()
     process = house.start(server, "--batch", "--poll", 0.1)
-    wait_for(lambda: len(house.lines(".responses.jsonl")) >= 5)
+    wait_for(lambda: house.answers() >= 5)
     process.kill()
     process.wait()
-    assert len(house.lines(".responses.jsonl")) < 200
+    assert house.answers() < 200
     house.annotate(server, "--batch", "--poll", 0.1)
     house.check(episodes)
     assert len(server.batches) == 1 and set(server.paid.values()) == {1}
-    assert len(house.lines(".responses.jsonl")) == 200, "an answer was kept, and counted, twice"
+    assert house.answers() == 200, "an answer was kept, and counted, twice"
 
 
 def test_requests_that_a_batch_did_not_answer_are_sent_again(house, serve):
@@ -422,6 +428,12 @@ def test_max_cost_holds_for_batches(house, serve):
     assert 0.009 < sum(record["dollars"] for record in house.lines(".responses.jsonl")) <= 0.015
     house.annotate(server, "--batch", "--poll", 0.1)
     house.check(episodes)
+
+
+def test_a_server_without_batches_is_refused_with_one_sentence(house, serve):
+    trajectories(house.input, 3)
+    server = serve(refuse={"status": 404, "code": "not_found", "message": "Not Found"})
+    assert "no Batch API" in house.annotate(server, "--batch", code=2)
 
 
 # ---- Once per task
@@ -574,6 +586,11 @@ def test_agreement_counts_boundaries_and_names():
     figures = agreement([(["a(x)", "a(x)", "b(y)", "c(z)"], ["a(x)", "a(x)", "b(x)", "b(x)"])])
     assert figures == pytest.approx(
         {"precision": 0.5, "recall": 1, "F1": 2 / 3, "same function": 0.75, "same sub-goal": 0.5})
+
+
+def test_files_beside_an_output_have_one_name_while_it_is_made_and_when_it_is_done():
+    assert beside("runs/train.jsonl.part", ".responses.jsonl") == beside("runs/train.jsonl", ".responses.jsonl")
+    assert beside("runs/train.jsonl", ".batch.json") == Path("runs/train.batch.json")
 
 
 def test_the_report_of_a_file_says_what_the_run_said(house, serve):
