@@ -72,6 +72,7 @@ BATCH_DISCOUNT = 0.5  # the Batch API's price, as a share of the list price
 BATCH_LINES, BATCH_BYTES = 50_000, 200_000_000  # the Batch API's limits for one file
 CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
 NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
+STAGGER = 0.015  # seconds between the first questions: what comes all at once is read, and asked on, all at once
 SAME_ACTION = 0.85  # an answered action at least this alike (0-1) counts as the expert's
 COVERED = 0.8  # a trajectory of which less fits another one's segmentation does not get it
 
@@ -913,7 +914,8 @@ class Teacher:
         """Ask about each arriving episode, `--concurrency` at a time, and deliver it labelled as its answers are in."""
         waiting = asyncio.Queue()
 
-        async def work():
+        async def work(number: int):
+            await asyncio.sleep(STAGGER * number)
             while episode := await waiting.get():
                 while (reading := self.read(episode)).question and await self.ask(episode, reading):
                     pass
@@ -921,7 +923,7 @@ class Teacher:
                     deliver(self.finish(episode, reading))
 
         # Twice as many as there are slots: whenever an answer comes, the next question is ready to go.
-        workers = [asyncio.create_task(work()) for _ in range(2 * self.args.concurrency)]
+        workers = [asyncio.create_task(work(number)) for number in range(2 * self.args.concurrency)]
         async for episode in arriving:
             if self.run.halt:
                 break
