@@ -766,8 +766,8 @@ class Teacher:
             fcntl.flock(self.responses.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another run is writing {args.output}. Wait for it, or name another --output.")
-        self.failures = JsonLines(beside(args.output, ".failures.jsonl"))
-        self.failures.file.truncate(0)  # what failed is found again, for free, from the responses
+        self.failures = beside(args.output, ".failures.jsonl")
+        self.failures.unlink(missing_ok=True)  # what failed is found again, for free, from the responses
         self.answers = defaultdict(list)  # (task, variation): the records of its answers, in order
         self.tokens, self.dollars, self.set_aside = 0, 0.0, []
         self.settled = asyncio.Condition()
@@ -905,8 +905,8 @@ class Teacher:
         if not missing:
             return labelled(episode, reading.labels, answer=reading.answer, usage=bill(records))
         reason = f"{len(missing)} of {len(reading.labels)} actions have no sub-goal after {len(records)} answers"
-        self.failures.append({"task": episode["task"], "variation": episode["variation"], "reason": reason,
-                              "answers": [text_of(record["response"]) for record in records]})
+        JsonLines(self.failures).append({"task": episode["task"], "variation": episode["variation"], "reason": reason,
+                                         "answers": [text_of(record["response"]) for record in records]})
         self.run.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
         return None
 
@@ -1075,10 +1075,8 @@ async def trajectories(args, tasks: list[str], run: Run, progress: tqdm, done: s
     What the simulators give goes to the store first: two loads of one variation differ, and answers are for one.
     With `sample`, only the first of each task. `progress` comes to know the number of all.
     """
-    episodes = read_episodes(args.input) if args.input else store.episodes if store else []
+    episodes = args.given or (store.episodes if store else [])
     known = {(e["task"], e["variation"]): e for e in episodes if e["task"] in tasks and e["split"] == args.split}
-    if args.input and not known:
-        fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     simulators = None if args.input else worker_pool(args.workers)
     pending = set()
     try:
@@ -1378,6 +1376,9 @@ def main():
         report(args.report, examples)
         return
     tasks = resolve_tasks(args.tasks)
+    args.given = read_episodes(args.input) if args.input else []
+    if args.input and not any(e["task"] in tasks and e["split"] == args.split for e in args.given):
+        fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     run = Run()
     if args.dry_run:
         asyncio.run(dry_run(args, tasks, examples, run))
