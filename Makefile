@@ -17,6 +17,7 @@ PYTHON ?= python3
 # MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
 # SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
+# ANNOTATOR       rules, examples or llm; with llm: LLM its name, ANNOTATE_FLAGS more flags, such as --max-cost 5
 # JOBS            how many students train at the same time
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
 
@@ -47,7 +48,10 @@ else
 endif
 TRAIN_SETS ?= $(TASKS)
 ANNOTATOR  ?= rules
-LLM        ?= gpt-4o-mini
+ifeq ($(ANNOTATOR),llm)
+  LLM      ?= gpt-4o-mini
+  override ANNOTATE_FLAGS += --llm $(LLM)
+endif
 BEAMS      ?= 5
 FLAT_FLAGS ?= $(ACTION_FLAGS)
 CORES      := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
@@ -75,22 +79,23 @@ evaluate: $(RUN)/report.md                      ## stage 4: all three agents on 
 # A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
 
 BIN := .venv/bin/python
+TEACHER := $(if $(filter llm,$(ANNOTATOR)),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
 DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
 EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
-ANNOTATE = $(BIN) annotate.py --annotator $(ANNOTATOR) --llm $(LLM) --workers $(WORKERS) --output $@.part
+ANNOTATE = $(BIN) annotate.py --annotator $(ANNOTATOR) $(ANNOTATE_FLAGS) --workers $(WORKERS) --output $@.part
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --output_dir $(@D).part
 THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 PLAY = $(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) --beams $(BEAMS) \
   --workers $(WORKERS) --output $@.part
 
-$(RUN)/train.jsonl: annotate.py | .venv/ready
+$(RUN)/train.jsonl: annotate.py $(TEACHER) | .venv/ready
 	for set in $(TRAIN_SETS); do \
 	  case $$set in *:*) first="--variations $${set#*:}";; *) first=;; esac; \
 	  $(ANNOTATE) --split train --tasks $${set%%:*} $$first || exit; \
 	done
 	mv $@.part $@
 
-$(RUN)/dev.jsonl: annotate.py | .venv/ready
+$(RUN)/dev.jsonl: annotate.py $(TEACHER) | .venv/ready
 	$(ANNOTATE) --split dev --tasks $(TASKS) --variations $(DEV_VARIATIONS)
 	mv $@.part $@
 

@@ -359,6 +359,14 @@ def identity(args: argparse.Namespace) -> str:
     return digest.hexdigest()[:16]
 
 
+def use_half_of_the_cores():
+    """Leave cores to the simulators, which work on one half of the episodes while the models work on the other."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
+
+
 def run(args: argparse.Namespace):
     """Play what --output lacks."""
     check(args)
@@ -375,6 +383,7 @@ def run(args: argparse.Namespace):
     if not todo:
         return
     print(f"{shared['agent']}: {len(todo)} episodes of {len(tasks)} tasks", file=sys.stderr)
+    use_half_of_the_cores()
     planner = Student(args.subgoal_model, "subgoal") if args.subgoals == "model" else None
     agent = Agent(Student(args.action_model, "action"), planner, args.subgoals, pool, args.beams)
     scores = []

@@ -24,6 +24,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
+import huggingface_hub
 import jinja2
 import transformers  # loads its parts, and PyTorch, only when they are used
 
@@ -250,9 +251,9 @@ class Options:
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=4e-4, warmup_steps=200,
                adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
-RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.1, save_steps=0.1, save_total_limit=1,
+RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=1,
            load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
-           train_sampling_strategy="group_by_length", logging_steps=0.1, report_to="none", disable_tqdm=True,
+           train_sampling_strategy="group_by_length", logging_steps=0.125, report_to="none", disable_tqdm=True,
            dataloader_pin_memory=False)
 
 
@@ -261,12 +262,14 @@ def parse_flags(role: str, options: type, description: str, paper: dict, scratch
 
     `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch.
     """
+    import torch
+
     parser = transformers.HfArgumentParser(
         (options, transformers.Seq2SeqTrainingArguments), description=description,
         usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output-dir FOLDER] [any flag below]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
-                        template=str(PROMPTS / f"{role}.jinja"))
+    parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), use_cpu=not torch.accelerator.is_available(),
+                        output_dir=role, template=str(PROMPTS / f"{role}.jinja"))
     known, _ = parser.parse_known_args()
     if known.model in SIZES:
         parser.set_defaults(**SCRATCH, **scratch, template=str(PROMPTS / f"{role}_compact.jinja"))
@@ -274,12 +277,13 @@ def parse_flags(role: str, options: type, description: str, paper: dict, scratch
 
 
 def has_bf16() -> bool:
-    """Whether the hardware multiplies in bf16: GPUs that do, CPUs with AMX (AVX-512's bf16 gains nothing here)."""
+    """Whether the hardware multiplies in bf16, which trains faster: newer GPUs, CPUs with AMX or AVX-512's bf16."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
 
 
 def check_model(name: str):
@@ -325,7 +329,8 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
 
     `more` is noted in its student.json, with the template and the scores.
     """
-    transformers.logging.set_verbosity_error()
+    for logging in (transformers.logging, huggingface_hub.logging):
+        logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_model(options.model)
     train, dev = read_examples(options, make_examples)

@@ -67,7 +67,7 @@ def alive(pid: int) -> bool:
 def experts(tmp_path_factory) -> list[dict]:
     """One annotated expert trajectory of each of the 30 tasks, collected from the simulator."""
     path = tmp_path_factory.mktemp("experts") / "all.jsonl"
-    run("annotate.py", "--tasks", "all", "--variations", 1, "--output", path)
+    run("annotate.py", "--tasks", "all", "--variations", 1, "--annotator", "rules", "--output", path)
     return read_episodes(path)
 
 
@@ -75,7 +75,7 @@ def experts(tmp_path_factory) -> list[dict]:
 def data(tmp_path_factory) -> Path:
     """A small training file: short trajectories of two tasks."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    run("annotate.py", "--tasks", "4-2,7-1", "--variations", 4, "--output", path)
+    run("annotate.py", "--tasks", "4-2,7-1", "--variations", 4, "--annotator", "rules", "--output", path)
     return path
 
 
