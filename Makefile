@@ -24,6 +24,7 @@ PYTHON ?= python3
 ifeq ($(PRESET),demo)
   TASKS           ?= 2-1,4,7
   DEV_VARIATIONS  ?= 10
+  ANNOTATOR       ?= rules
   MODEL           ?= tiny
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
@@ -47,7 +48,7 @@ else
   $(error there is no preset $(PRESET); the presets are demo, paper and smoke)
 endif
 TRAIN_SETS ?= $(TASKS)
-ANNOTATOR  ?= rules
+ANNOTATOR  ?= examples
 ifeq ($(ANNOTATOR),llm)
   LLM      ?= gpt-4o-mini
   override ANNOTATE_FLAGS += --llm $(LLM)

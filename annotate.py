@@ -2,7 +2,7 @@
 """Stage 1: expert trajectories, each step labelled with the sub-goal that it serves.
 
 Collects the gold paths of ScienceWorld tasks, replays each in the same load of the simulator that produced it,
-keeps the state before and the outcome after every action, and names the sub-goals (section 3.1 of the paper).
+keeps the state before and the outcome after every action, and names the sub-goals.
 
     reads   the simulator, or --input, a file of trajectories collected before; prompts/examples.jsonl;
             for `--annotator llm` also prompts/annotate*.jinja and an OpenAI-compatible server
@@ -473,7 +473,7 @@ def align(rows: int, columns: int, gain: Callable[[int, int], float]) -> list[tu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same (section 3.1).
+# One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same.
 
 VERB = re.compile(r"((?:open|close) door to|go to|pick up|put down|focus on|look (?:around|at|in)|[a-z]+)\d* ?(.*)")
 JOINTS = {"move": " to ", "connect": " to ", "pour": " into | in ", "use": " on "}
@@ -694,7 +694,7 @@ TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), undefine
 
 
 def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
-    """Two examples: boiling water, and one of the episode's own task type (section 3.1); never the episode itself.
+    """Two examples: boiling water, and one of the episode's own task type; never the episode itself.
 
     Where none of them is left, the next in the file: its tasks stand in the benchmark's order, likes side by side.
     """
