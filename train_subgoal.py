@@ -275,7 +275,7 @@ def parse_flags(role: str, options: type, description: str, paper: dict, scratch
 
 
 def has_bf16() -> bool:
-    """Whether there is a GPU that computes in bf16. (On CPUs it was no faster for small models, at twice the memory.)"""
+    """Whether there is a GPU that computes in bf16. On a CPU it was no faster for small models, at twice the memory."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
