@@ -98,7 +98,7 @@ class Move:
     taken: list[tuple[str, str, int]]  # (action, observation, score): one, and a second where an answer `0` was needed
     completed: bool
     state: dict  # look and inventory after it
-    refused: int  # how many of the candidates the simulator refused
+    choice: int | None  # which of the candidates was taken: 0 the likeliest; None if none would do
 
 
 def play_turn(turns: list[tuple[int, list[str]]]) -> list[Move]:
@@ -120,15 +120,16 @@ def valid_actions(game: Game) -> list[str]:
 def play_move(game: Game, candidates: list[str]) -> Move:
     """Take the first candidate that the simulator accepts, else the valid action nearest to the first one.
 
-    That is never a focus: on the wrong object it fails the task for good.
+    Only the likeliest may be a focus: on the wrong object it fails the task for good, so it is no makeshift.
     """
-    refused = 0
-    for action in candidates:
+    for choice, action in enumerate(candidates):
+        if choice and action.startswith("focus "):
+            continue
         observation, score, completed = game.step(action)
         if not observation.startswith(REFUSED):
             break
-        refused += 1
     else:
+        choice = None
         harmless = [action for action in valid_actions(game) if not action.startswith("focus ")]
         action, _, _ = process.extractOne(candidates[0], harmless, scorer=fuzz.ratio)
         observation, score, completed = game.step(action)
@@ -136,7 +137,7 @@ def play_move(game: Game, candidates: list[str]) -> Move:
     if observation.startswith(AMBIGUOUS):
         observation, score, completed = game.step("0")
         taken.append(("0", observation, score))
-    return Move(taken, completed, game.state(), refused)
+    return Move(taken, completed, game.state(), choice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,14 +163,14 @@ class Live:
     def situation(self) -> dict:
         return state_of(self.description, self.steps, **self.state)
 
-    def take(self, subgoal: str | None, move: Move, candidates: int) -> str | None:
+    def take(self, subgoal: str | None, move: Move) -> str | None:
         """Note a move; returns why the episode has ended, or None."""
         for action, observation, score in move.taken:
             self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
             self.marks.append((action, observation, *move.state.values()))
         self.state = move.state
-        self.invalid += move.refused > 0
-        self.repaired += move.refused == candidates
+        self.invalid += move.choice != 0
+        self.repaired += move.choice is None
         if self.steps[-1]["score"] < 0:
             return "failed"
         if move.completed:
@@ -222,8 +223,8 @@ def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int):
     try:
         while waiting or any(moving):
             episodes = []
-            for episode, subgoal, candidates, move in moving.popleft():
-                if ended := episode.take(subgoal, move(), len(candidates)):
+            for episode, subgoal, move in moving.popleft():
+                if ended := episode.take(subgoal, move()):
                     free.append((episode.worker, episode.slot))
                     yield episode, ended
                 else:
@@ -244,7 +245,7 @@ def send(pools: list, episodes: list[Live], subgoals: list, candidates: list[lis
         mine = [i for i, episode in enumerate(episodes) if episode.worker == worker]
         turns = pool.submit(play_turn, [(episodes[i].slot, candidates[i]) for i in mine])
         for n, i in enumerate(mine):
-            moving.append((episodes[i], subgoals[i], candidates[i], lambda turns=turns, n=n: turns.result()[n]))
+            moving.append((episodes[i], subgoals[i], lambda turns=turns, n=n: turns.result()[n]))
     return moving
 
 

@@ -64,19 +64,25 @@ def game():
 def test_a_refused_action_gives_way_to_the_next_beam_that_is_valid(game):
     game.load("find-plant", 0)
     move = play_move(game, ["fly to the moon", "go to nowhere", "open door to kitchen"])
-    assert [action for action, *_ in move.taken] == ["open door to kitchen"] and move.refused == 2
+    assert [action for action, *_ in move.taken] == ["open door to kitchen"] and move.choice == 2
 
 
 def test_an_action_that_no_beam_can_save_becomes_the_nearest_valid_one(game):
     game.load("find-plant", 0)
     move = play_move(game, ["goo to kitchn", "fly"])
-    assert [action for action, *_ in move.taken] == ["go to kitchen"] and move.refused == 2
+    assert [action for action, *_ in move.taken] == ["go to kitchen"] and move.choice is None
+
+
+def test_a_focus_is_taken_as_the_likeliest_action_alone(game):
+    game.load("find-plant", 0)
+    move = play_move(game, ["focus on nothing here", "focus on orange", "open door to kitchen"])
+    assert [action for action, *_ in move.taken] == ["open door to kitchen"] and move.choice == 2
 
 
 def test_valid_actions_are_not_asked_for_when_an_action_is_accepted(game, monkeypatch):
     game.load("find-plant", 0)
     monkeypatch.setattr(evaluate, "valid_actions", lambda game: pytest.fail("asked"))
-    assert play_move(game, ["open door to kitchen"]).refused == 0
+    assert play_move(game, ["open door to kitchen"]).choice == 0
 
 
 def test_after_kill_9_only_what_is_missing_is_played(tmp_path, students):

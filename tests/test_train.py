@@ -20,7 +20,7 @@ def acting(episode: dict):
     for step in steps:
         live.state = {"look": step["look"], "inventory": step["inventory"]}
         yield live.situation(), step
-        live.take(step["subgoal"], Move([(step["action"], step["observation"], step["score"])], False, {}, 0), 5)
+        live.take(step["subgoal"], Move([(step["action"], step["observation"], step["score"])], False, {}, 0))
 
 
 @pytest.mark.parametrize("name", ["subgoal", "subgoal_compact", "action", "action_compact"])
