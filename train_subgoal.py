@@ -181,12 +181,20 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     return model
 
 
+def be_quiet():
+    """Leave the terminal to our own lines: of Hugging Face's libraries only errors are shown."""
+    for logging in (transformers.logging, huggingface_hub.logging):
+        logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 class Student:
     """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on."""
 
     def __init__(self, folder: str | Path, role: str):
         import torch
 
+        be_quiet()
         self.about = check_student(folder, role)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto")
@@ -324,9 +332,7 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
 
     `more` is noted in its student.json, with the template and the scores.
     """
-    for logging in (transformers.logging, huggingface_hub.logging):
-        logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     check_model(options.model)
     train, dev = read_examples(options, make_examples)
     output = Path(training.output_dir)
