@@ -90,13 +90,14 @@ def test_training_leaves_a_student_with_its_scores(students):
     assert 0 <= about["dev_exact_match"] <= 1 and about["dev_loss"] > 0
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, data):
-    flags = ["--data", data, "--model", "tiny", "--max_steps", 60, "--output-dir", tmp_path / "subgoal"]
-    states = lambda: list((tmp_path / "subgoal").glob("checkpoint-*/trainer_state.json"))  # noqa: E731
-    kill_when("train_subgoal.py", *flags, ready=states)
-    assert "going on from step" in run("train_subgoal.py", *flags).stdout
-    assert (tmp_path / "subgoal" / "student.json").exists()
-    refused = run("train_subgoal.py", *flags, "--learning_rate", "1e-5", code=2)
+@pytest.mark.parametrize("script", ["train_subgoal.py", "train_action.py"])
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, data, script):
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 60, "--output-dir", tmp_path / "student"]
+    states = lambda: list((tmp_path / "student").glob("checkpoint-*/trainer_state.json"))  # noqa: E731
+    kill_when(script, *flags, ready=states)
+    assert "going on from step" in run(script, *flags).stdout
+    assert (tmp_path / "student" / "student.json").exists()
+    refused = run(script, *flags, "--learning_rate", "1e-5", code=2)
     assert "other settings" in refused.stderr
 
 
