@@ -125,7 +125,7 @@ $(RUN)/random.jsonl: evaluate.py $(RUN)/action/student.json $(RUN)/train.jsonl
 	mv $@.part $@
 
 $(RUN)/report.md: $(EPISODES)
-	$(BIN) evaluate.py --report-only $(EPISODES) --report $@
+	$(BIN) evaluate.py --report-only $(EPISODES) --report $@ > /dev/null
 
 # ---- The house -------------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,8 @@ SIMPLIFICATIONS = "easy"  # the paper's: doors and containers open, pots that wa
 SPLITS = ("train", "dev", "test")  # ScienceWorld's own division of a task's variations
 JAVA_OPTIONS = ["-Xmx768m", "-XX:+UseSerialGC"]  # left to itself a JVM grows to 4.4 GB
 
-# Dollars per million tokens read and written (OpenAI's list prices, November 2026); `--price` overrides it.
+# Dollars per million tokens read and written, from public copies of OpenAI's price list. Prices change, and these were
+# not checked against the provider's own page: compare them before a large run; `--price` overrides them.
 PRICES = {
     "gpt-4o-mini": (0.15, 0.60), "gpt-4o": (2.50, 10.00),
     "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
@@ -293,10 +294,10 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def worker_pool(workers: int, **options) -> ProcessPoolExecutor:
+def worker_pool(workers: int) -> ProcessPoolExecutor:
     """Processes for the simulator. Spawned, not forked, so that no pipe is inherited that would hide a death."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, **options)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 @cache
