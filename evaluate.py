@@ -18,6 +18,7 @@ A run that was stopped goes on where it was when the same command is given again
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import random
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import transformers  # loads its parts, and PyTorch, only when they are used
 from rapidfuzz import fuzz, process
 from tqdm import tqdm
 
@@ -50,7 +52,7 @@ from annotate import (
     worker_pool,
 )
 from train_action import executor_state
-from train_subgoal import Student, check_student, state_of
+from train_subgoal import ABOUT, answers, be_quiet, render, state_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those that a user changes from run to run are command-line flags: see `parse_args`.
@@ -70,12 +72,15 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 class Played(Episode):
     """An episode that our agent played: the record of stage 1, and how it went."""
 
-    agent: str  # one of AGENTS
-    subgoals: str  # where they come from: model, none, random
-    models: str  # a hash of what was played with: model folders, beams
-    stop: str  # done, moves (the limit), failed (score below 0), loop
-    invalid: int  # steps whose first choice was refused
-    repaired: int  # … and for which no other beam would do, so that the nearest valid action was taken
+    agent: str  # its row in the report: --name, or the one in AGENTS
+    subgoals: str  # where they come from: a key of AGENTS
+    models: str  # a hash of all that decides how it plays: weights, templates, beams …
+    parameters: dict[str, int]  # of the models: {"planner": …, "executor": …}
+    seen: bool  # whether its models were trained on other variations of this task
+    teacher: dict  # what naming the sub-goals that they learned from cost: see `teacher_of` in stage 2
+    stop: str  # done, moves (the limit), failed (score below 0), loop, died (the simulator: see the last observation)
+    invalid: list[int]  # places in `steps` whose first choice was refused
+    repaired: list[int]  # … and for which no other beam would do, so that the nearest valid action was taken
     seconds: float  # from the episode's start to its end, shared with all that were live beside it
 
 
@@ -144,6 +149,35 @@ def play_move(game: Game, candidates: list[str]) -> Move:
 # The agent
 
 
+class Student:
+    """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on."""
+
+    def __init__(self, folder: str | Path, role: str):
+        import torch
+
+        be_quiet()
+        self.about = check_student(folder, role)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto")
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
+        """The `best` likeliest answers in every state, likeliest first."""
+        texts = [render(self.about["template"], state) for state in states]
+        return answers(self.model, self.tokenizer, texts, self.about, beams, best)
+
+
+def check_student(folder: str | Path, role: str) -> dict:
+    """What student.json says of a model folder; ends the program if it is none, or none for this role."""
+    try:
+        about = json.loads((Path(folder) / ABOUT).read_text())
+    except (OSError, ValueError):
+        fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
+    if about["role"] != role:
+        fail(f"{folder} holds a model trained by train_{about['role']}.py, this needs one of train_{role}.py.")
+    return about
+
+
 @dataclass
 class Live:
     """An episode that is being played, in a slot of a worker."""
@@ -157,20 +191,22 @@ class Live:
     started: float
     steps: list[Step] = field(default_factory=list)
     marks: list[tuple] = field(default_factory=list)  # a step's whole effect, to recognise a loop
-    invalid: int = 0
-    repaired: int = 0
+    invalid: list[int] = field(default_factory=list)
+    repaired: list[int] = field(default_factory=list)
 
     def situation(self) -> dict:
         return state_of(self.description, self.steps, **self.state)
 
     def take(self, subgoal: str | None, move: Move) -> str | None:
         """Note a move; returns why the episode has ended, or None."""
+        if move.choice != 0:
+            self.invalid.append(len(self.steps))
+        if move.choice is None:
+            self.repaired.append(len(self.steps))
         for action, observation, score in move.taken:
             self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
             self.marks.append((action, observation, *move.state.values()))
         self.state = move.state
-        self.invalid += move.choice != 0
-        self.repaired += move.choice is None
         if self.steps[-1]["score"] < 0:
             return "failed"
         if move.completed:
@@ -274,7 +310,7 @@ def summary(played: list[Played]) -> dict:
         "score": mean(lambda episode: episode["score"]), "low": low, "high": high, "episodes": len(played),
         "success": mean(lambda episode: 100 * (episode["score"] == 100)),
         "steps": mean(lambda episode: len(episode["steps"])),
-        "invalid": mean(lambda episode: 100 * episode["invalid"] / len(episode["steps"])),
+        "invalid": mean(lambda episode: 100 * len(episode["invalid"]) / len(episode["steps"])),
     }
 
 
@@ -334,18 +370,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace):
-    """End the program for flags that do not go together, before anything is loaded."""
+def check(args: argparse.Namespace) -> dict[str, dict]:
+    """What student.json says of {"executor": …, "planner": …}; ends the program for flags that do not go together."""
     needed = {"model": ["output", "action_model", "subgoal_model"], "random": ["output", "action_model", "data"]}
     for flag in needed.get(args.subgoals, ["output", "action_model"]):
         if not getattr(args, flag):
             fail(f"--{flag.replace('_', '-')} is needed with --subgoals {args.subgoals}.")
-    flat = check_student(args.action_model, "action").get("flat", False)
+    students = {"executor": check_student(args.action_model, "action")}
+    flat = students["executor"].get("flat", False)
     if flat != (args.subgoals == "none"):
         fail(f"{args.action_model} was trained {'with' if flat else 'without'} --flat: it acts with --subgoals "
              f"{'none' if flat else 'model or random'}.")
     if args.subgoals == "model":
-        check_student(args.subgoal_model, "subgoal")
+        students["planner"] = check_student(args.subgoal_model, "subgoal")
+    return students
 
 
 def identity(args: argparse.Namespace) -> str:
@@ -370,12 +408,15 @@ def use_half_of_the_cores():
 
 def run(args: argparse.Namespace):
     """Play what --output lacks."""
-    check(args)
+    students = check(args)
     tasks = resolve_tasks(args.tasks)
     known = read_episodes(args.data) if args.subgoals == "random" else []
     pool = sorted({step["subgoal"] for episode in known for step in episode["steps"]})
     shared = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=AGENTS[args.subgoals],
                   subgoals=args.subgoals, models=identity(args))
+    trained = set.intersection(*(set(about["tasks"]) for about in students.values()))
+    made = dict(parameters={role: about["parameters"] for role, about in students.items()},
+                teacher=students.get("planner", students["executor"])["teacher"])
     output = EpisodeFile(args.output, **shared)
     with worker_pool(1) as lister:
         parts = lister.map(partial(split_variations, args.split, args.variations), tasks)
@@ -395,7 +436,7 @@ def run(args: argparse.Namespace):
             output.append(Played(
                 task=live.task, variation=live.variation, description=live.description, steps=live.steps,
                 score=scores[-1], stop=reason, invalid=live.invalid, repaired=live.repaired,
-                seconds=round(time.time() - live.started, 1), **shared))
+                seconds=round(time.time() - live.started, 1), seen=live.task in trained, **made, **shared))
             progress.set_postfix(mean=f"{np.mean(scores):.1f}")
             progress.update()
     except KeyboardInterrupt:

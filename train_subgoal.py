@@ -188,35 +188,6 @@ def be_quiet():
     transformers.logging.disable_progress_bar()
 
 
-class Student:
-    """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on."""
-
-    def __init__(self, folder: str | Path, role: str):
-        import torch
-
-        be_quiet()
-        self.about = check_student(folder, role)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto")
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
-        """The `best` likeliest answers in every state, likeliest first."""
-        texts = [render(self.about["template"], state) for state in states]
-        return answers(self.model, self.tokenizer, texts, self.about, beams, best)
-
-
-def check_student(folder: str | Path, role: str) -> dict:
-    """What student.json says of a model folder; ends the program if it is none, or none for this role."""
-    try:
-        about = json.loads((Path(folder) / ABOUT).read_text())
-    except (OSError, ValueError):
-        fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
-    if about["role"] != role:
-        fail(f"{folder} holds a model trained by train_{about['role']}.py, this needs one of train_{role}.py.")
-    return about
-
-
 def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: int = 1) -> list[list[str]]:
     """The `best` likeliest answers to every text, by beam search. Texts of a length share a batch of `BATCH`."""
     import torch
@@ -304,27 +275,29 @@ def check_model(name: str):
         fail(f"{name} is no seq2seq model. Name one such as google/flan-t5-large.")
 
 
-def read_examples(options: Options, make_examples) -> tuple[list, list]:
-    """(train, dev) examples, each a (text, answer), of the annotated files in `options.data`."""
-    template = Path(options.template)
-    if not template.is_file():
-        fail(f"{template} is not a file. Name a --template such as {PROMPTS / 'action.jinja'}.")
+def read_data(options: Options) -> list[Episode]:
+    """The annotated episodes of `options.data`, of splits train and dev, in the order of tasks and variations."""
     episodes = sorted((episode for path in options.data for episode in read_episodes(path)),
                       key=lambda episode: (episode["task"], episode["variation"]))
     if any(episode["split"] == "test" for episode in episodes):
         fail("--data holds test episodes. Train on the splits train and dev alone.")
+    for episode in episodes:
+        if any(step["subgoal"] is None for step in episode["steps"]):
+            fail(f"{episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
     if not any(episode["split"] == "dev" for episode in episodes):
         episodes = [{**episode, "split": "train" if i % 20 else "dev"} for i, episode in enumerate(episodes)]
-    text = template.read_text()
-    parts = {"train": [], "dev": []}
-    for episode in episodes:
-        for state, answer in make_examples(episode):
-            if answer is None:
-                fail(f"{episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
-            parts[episode["split"]].append((render(text, state), answer))
-    if not parts["train"]:
+    if not any(episode["split"] == "train" for episode in episodes):
         fail("--data holds no train episode. Add the file that `annotate.py --split train` wrote.")
-    return parts["train"], parts["dev"]
+    return episodes
+
+
+def teacher_of(episodes: list[Episode]) -> dict:
+    """Who named the sub-goals of some trajectories, and what the LLM was asked for that, as in `Episode`'s usage."""
+    usages = [episode["usage"] for episode in episodes if "usage" in episode]
+    total = {kind: sum(usage[kind] for usage in usages) for kind in ("calls", "prompt_tokens", "completion_tokens")}
+    dollars = [usage["dollars"] for usage in usages]
+    return {"annotators": sorted({episode.get("annotator", "nobody") for episode in episodes}),
+            "trajectories": len(episodes), **total, "dollars": None if None in dollars else sum(dollars)}
 
 
 def fine_tune(role: str, options: Options, training, make_examples, **more):
@@ -334,10 +307,17 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
     """
     be_quiet()
     check_model(options.model)
-    train, dev = read_examples(options, make_examples)
+    template = Path(options.template)
+    if not template.is_file():
+        fail(f"{template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
+    text, episodes = template.read_text(), read_data(options)
+    train, dev = ([(render(text, state), answer) for episode in episodes if episode["split"] == split
+                   for state, answer in make_examples(episode)] for split in ("train", "dev"))
     output = Path(training.output_dir)
+    taught = [episode for episode in episodes if episode["split"] == "train"]
     about = dict(role=role, **more, base=options.model, max_source_length=options.max_source_length,
-                 max_target_length=options.max_target_length, template=Path(options.template).read_text())
+                 max_target_length=options.max_target_length, template=text,
+                 tasks=sorted({episode["task"] for episode in taught}), teacher=teacher_of(taught))
     resume = last_checkpoint(output, fingerprint(about, train, training))
 
     transformers.set_seed(training.seed)
@@ -367,7 +347,8 @@ def fine_tune(role: str, options: Options, training, make_examples, **more):
     exact = sum(best == target for (best,), (_, target) in zip(given, dev, strict=True)) / len(dev)
     loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     trainer.save_model()
-    about |= dict(train_examples=len(train), dev_examples=len(dev), dev_loss=loss, dev_exact_match=exact)
+    about |= dict(parameters=model.num_parameters(), train_examples=len(train), dev_examples=len(dev), dev_loss=loss,
+                  dev_exact_match=exact)
     (output / ABOUT).write_text(json.dumps(about, indent=1))
     print(f"{output}: exact match {exact:.1%} and loss {loss:.3f} on {len(dev)} dev examples")
 

@@ -26,7 +26,7 @@ def test_many_games_in_two_processes_do_not_disturb_each_other(data):
     played = list(play(Scripted(experts), list(experts), workers=2, live=3))
     assert {(live.task, live.variation) for live, _ in played} == set(experts)
     assert [(live.steps[-1]["score"], reason) for live, reason in played] == [(100, "done")] * len(experts)
-    assert all(live.invalid == 0 for live, _ in played)
+    assert all(not live.invalid for live, _ in played)
 
 
 def test_a_wrong_focus_ends_the_episode_as_failed_and_counts_0():
@@ -152,8 +152,11 @@ def episode(task: str, variation: int, score: int, **more) -> dict:
             subgoals="model",
             models="",
             stop="done",
-            invalid=1,
-            repaired=0,
+            parameters={"executor": 1},
+            seen=True,
+            teacher={},
+            invalid=[0],
+            repaired=[],
             seconds=1.0,
         )
         | more
