@@ -25,6 +25,7 @@ import asyncio
 import fcntl
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -290,6 +291,7 @@ class Game:
 def start_worker():
     """Set up a worker process: Ctrl-C is its parent's business, and it dies with its parent, however that dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable()  # py4j would print a traceback where we report a dead simulator in a sentence
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
