@@ -740,9 +740,11 @@ def make_agent(args: argparse.Namespace) -> Agent:
 
 def run(args: argparse.Namespace) -> bool:
     """Play what --output lacks, each rank of torchrun its share; returns whether this is the one that reports."""
+    import torch
     from accelerate import PartialState
 
-    ranks = PartialState(timeout=timedelta(days=7))  # the others may have long to wait for the last
+    # the others may have long to wait for the last
+    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     if args.engine == "auto":
         args.engine = "transformers" if ranks.device.type == "cuda" else "ctranslate2"
     students = check(args)

@@ -1,6 +1,7 @@
 """Stage 4: the agent in the simulator."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -129,6 +130,7 @@ def test_an_episode_of_which_every_simulator_dies_is_given_up_with_the_reason(da
 
 @pytest.fixture(scope="module")
 def game():
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # games that are forgotten after their JVM
     evaluate.GAMES[0] = Game()
     yield evaluate.GAMES[0]
     evaluate.bury(0, 0)
@@ -159,13 +161,13 @@ def test_valid_actions_are_listed_once_for_a_state_and_only_when_an_action_was_r
     monkeypatch.setattr(Game, "step", lambda self, action, whole=Game.step: tried.append(action) or whole(self, action))
     game.load("find-plant", 0)
     assert play_move(0, ["open door to kitchen"]).choice == 0 and not listed
-    refused = ["gooo to hallwayy", "fly"]
-    play_move(0, refused)  # moves to the kitchen or hallway: something visible has changed
-    assert len(listed) == 1
     tried.clear()
     for _ in range(3):
         assert play_move(0, ["look aroundd", "fly"]).choice is None  # nothing visible changes
-    assert len(listed) == 2 and tried == ["look aroundd", "fly", "look around", "look around", "look around"]
+    assert len(listed) == 1 and tried == ["look aroundd", "fly", "look around", "look around", "look around"]
+    assert play_move(0, ["go to kitchen"]).choice == 0
+    assert play_move(0, ["look aroundd", "fly"]).choice is None
+    assert len(listed) == 2
 
 
 def short_run(students, path, *more) -> list:
