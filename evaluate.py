@@ -299,17 +299,17 @@ def send(pools: list, episodes: list[Live], subgoals: list, candidates: list[lis
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: a diagnosis of every episode, then one section after the other, as Markdown and as a page with a replay.
 
-PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
 # Tokens per action of agents that call an LLM while they act, in ScienceWorld (SwiftSage project page)
+PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
 SUBGOALS = {  # where they come from, in words: the keys of AGENTS
     "model": "of the planner", "none": "none", "random": "drawn from the train set", "oracle": "the expert's own",
     "semi-random": "the planner's, their objects drawn"}
-STUCK = 9  # actions: no sub-goal of the demo's 1,055 expert trajectories needs more (5,343 sub-goals, half of them 1)
+STUCK = 9  # actions: no sub-goal of the demo's 1,055 expert trajectories needs more (5,343 sub-goals; most take 1)
 SERVES = {  # verbs, as `template` has them, that serve a sub-goal without naming anything of it
     "navigate_to": ("go to", "open door to", "close door to"), "find": ("open",),
     "fill": ("open", "activate", "deactivate"), "water": ("move", "pour", "activate", "deactivate"),
-    "heat": ("open", "activate"), "cool": ("open",), "mix": ("open",), "dig": ("use",), "power": ("connect", "activate"),
-    "plant": ("move",), "harvest": ("move",), "pollinate": ("open", "close door to"),
+    "heat": ("open", "activate"), "cool": ("open",), "mix": ("open",), "dig": ("use",),
+    "power": ("connect", "activate"), "plant": ("move",), "harvest": ("move",), "pollinate": ("open", "close door to"),
     "measure_time": ("activate", "deactivate"),
 }
 LITTLE = {"to", "in", "on", "into", "up", "at", "of", "from", "with"}
@@ -414,15 +414,13 @@ def interval(copies: list[list[list[float]]], draws: int = 2000) -> tuple[float,
     Copies are drawn again, and within each task of a drawn copy its episodes. `copies` holds scores by copy and task.
     """
     generator = np.random.default_rng(0)
-    means = np.mean([drawn_means(copies, generator, draws) for _ in copies], axis=0)
-    return tuple(np.percentile(means, [2.5, 97.5]))
 
+    def drawn_copy():
+        means = [np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in copy], axis=0)
+                 for copy in copies]
+        return np.array(means)[generator.integers(len(copies), size=draws), np.arange(draws)]
 
-def drawn_means(copies, generator, draws: int) -> np.ndarray:
-    """(draws,): the mean of one copy, drawn at random, with its episodes drawn anew within each task."""
-    means = [np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in copy], axis=0)
-             for copy in copies]
-    return np.array(means)[generator.integers(len(copies), size=draws), np.arange(draws)]
+    return tuple(np.percentile(np.mean([drawn_copy() for _ in copies], axis=0), [2.5, 97.5]))
 
 
 def summary(copies: Copies) -> dict:
@@ -849,7 +847,6 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 td { white-space: nowrap } th:first-child { text-align: left; min-width: 8rem }
 thead th { color: var(--soft); font-weight: normal } tbody th { font-weight: 600 }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0 }
-.controls > * { max-width: 100% }
 .controls label { display: grid; grid-template-columns: minmax(0, auto); font-size: .875rem; color: var(--soft) }
 select, button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
                  border-radius: .3rem; padding: .3rem .6rem; max-width: 100% }
