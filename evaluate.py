@@ -19,8 +19,11 @@ A run that was stopped goes on where it was when the same command is given again
 """
 
 import argparse
+import base64
 import glob
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,8 +31,10 @@ import random
 import re
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -38,11 +43,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
-from itertools import chain, zip_longest
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import transformers  # loads its parts, and PyTorch, only when they are used
+from markupsafe import Markup
 from py4j.protocol import Py4JError
 from rapidfuzz import fuzz, process
 from tqdm import tqdm
@@ -62,6 +69,7 @@ from annotate import (
     resolve_tasks,
     split_variations,
     stop,
+    template,
     worker_pool,
 )
 from train_action import executor_state
@@ -601,62 +609,810 @@ def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int, tim
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report
+# The report: a diagnosis of every episode, then one section after the other, as Markdown and as a page with a replay.
+
+# Tokens per action of agents that call an LLM while they act, in ScienceWorld (SwiftSage project page)
+PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
+SUBGOALS = {  # where they come from, in words: the keys of AGENTS
+    "model": "of the planner", "none": "none", "random": "drawn from the train set", "oracle": "the expert's own",
+    "semi-random": "the planner's, their objects drawn"}
+STUCK = 9  # actions: no sub-goal of the demo's 1,055 expert trajectories needs more (5,343 sub-goals; most take 1)
+SERVES = {  # verbs, as `template` has them, that serve a sub-goal without naming anything of it
+    "navigate_to": ("go to", "open door to", "close door to"), "find": ("open",),
+    "fill": ("open", "activate", "deactivate"), "water": ("move", "pour", "activate", "deactivate"),
+    "heat": ("open", "activate"), "cool": ("open",), "mix": ("open",), "dig": ("use",),
+    "power": ("connect", "activate"), "plant": ("move",), "harvest": ("move",), "pollinate": ("open", "close door to"),
+    "measure_time": ("activate", "deactivate"),
+}
+LITTLE = {"to", "in", "on", "into", "up", "at", "of", "from", "with"}
+SERIES = [  # colours of agents in plots: on a light page, on a dark one
+    ("#0063a6", "#5fb3f0"), ("#c2500a", "#ff9a5c"), ("#00795a", "#3ecfa3"), ("#a5427f", "#f090cb"),
+    ("#7d6300", "#e0c04a"), ("#5b4fc4", "#a9a0ff"), ("#8c1c2b", "#ff8f9c"), ("#4d4d4d", "#b8b8b8")]
+INK = "#010101"  # stands in a plot for the page's own colour of text
 
 
-def interval(scores: list[list[float]], draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean of the tasks' means: episodes are drawn again within each task."""
-    generator = np.random.default_rng(0)
-    means = np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in scores], axis=0)
-    return tuple(np.percentile(means, [2.5, 97.5]))
+def in_line(subgoal: str, action: str) -> bool:
+    """Whether an action can serve a sub-goal in functional form: a rule of thumb.
+
+    Looking and waiting always can. `navigate_to` wants walking and doors; every other function a verb of `SERVES`, or
+    an object that has a word in common with its own. More than 98% of the steps of all 30 tasks' experts are in line.
+    """
+    def words(text):
+        return {word.rstrip("s") for word in re.findall("[a-z0-9]+", text.lower())} - LITTLE
+
+    function, _, objects = subgoal.partition("(")
+    verb, named = template(action)
+    if re.match(r"look|wait|examine|\d+$", action) or verb in SERVES.get(function, ()):
+        return True
+    return function != "navigate_to" and bool(words(objects) & words(" ".join(named)))
 
 
-def summary(played: list[Played]) -> dict:
-    """What the table says of some episodes of one agent: means over tasks, each the mean over its episodes."""
-    tasks = defaultdict(list)
-    for episode in played:
-        tasks[episode["task"]].append(episode)
+def diagnose(episode: Played) -> dict:
+    """The failure signatures of an episode; of steps their places, 0 …
 
-    def mean(measure):
-        return float(np.mean([np.mean([measure(episode) for episode in episodes]) for episodes in tasks.values()]))
-
-    low, high = interval([[episode["score"] for episode in episodes] for episodes in tasks.values()])
+    invalid      the first choice was refused, another beam taken
+    repaired     no beam would do: the valid action nearest to the first choice was taken
+    out of line  the action does not serve its sub-goal: see `in_line`
+    stuck        after STUCK actions for one sub-goal, one more that did the same in the same state before
+    wrong focus, loop, out of moves, died    how the episode failed; at most one is True
+    broke        the place where it went wrong: the wrong focus, or the first step after the last gain; None if solved
+    outcome      all that in a sentence
+    """
+    steps, stop, stuck = episode["steps"], episode["stop"], []
+    named = [i for i, step in enumerate(steps) if step["subgoal"]]
+    for _, run in groupby(named, key=lambda i: steps[i]["subgoal"]):
+        before = set()
+        for n, i in enumerate(run):
+            step = tuple(steps[i][name] for name in ("look", "inventory", "action", "observation"))
+            if n >= STUCK and step in before:
+                stuck.append(i)
+            before.add(step)
+    last, scores = len(steps) - 1, [0, *(step["score"] for step in steps)]
+    gains = [i for i in range(len(steps)) if scores[i + 1] > scores[i]]
+    wrong = scores[-1] < 0
+    broke = last if wrong or stop == "died" else min(last, max(gains, default=-1) + 1)
+    gained = f"nothing was gained from step {broke + 1} on"
+    outcome = {"loop": f"went in circles: {gained}", "moves": f"ran out of moves: {gained}",
+               "died": "the simulator died"}.get(stop, f"ended at {scores[-1]}: {gained}")
+    if wrong:
+        outcome = f"failed for good at step {last + 1}: “{steps[last]['action']}” was wrong"
+    if episode["score"] == 100:
+        broke, outcome = None, "solved"
     return {
-        "score": mean(lambda episode: episode["score"]), "low": low, "high": high, "episodes": len(played),
-        "success": mean(lambda episode: 100 * (episode["score"] == 100)),
-        "steps": mean(lambda episode: len(episode["steps"])),
-        "invalid": mean(lambda episode: 100 * len(episode["invalid"]) / len(episode["steps"])),
-    }
+        "invalid": [i for i in episode["invalid"] if i not in episode["repaired"]], "repaired": episode["repaired"],
+        "out of line": [i for i in named if not in_line(steps[i]["subgoal"], steps[i]["action"])], "stuck": stuck,
+        "wrong focus": wrong, "loop": stop == "loop", "out of moves": stop == "moves", "died": stop == "died",
+        "broke": broke, "outcome": outcome}
 
 
-def report(files: list[str]) -> str:
-    """The result table in Markdown, of one or more files of played episodes: agents, then tasks."""
-    agents = defaultdict(list)
+Copies = list[list[Played]]  # an agent's episodes, of each of its trained copies (`models`)
+
+
+def gather(files: list[str]) -> dict[str, Copies]:
+    """{agent: its episodes, each with its diagnosis}; ends the program for files that do not go together."""
+    agents, places, protocols = defaultdict(lambda: defaultdict(list)), {}, set()
     for path in files:
         for episode in read_episodes(path):
-            if not Played.__required_keys__ <= episode.keys():
+            if not Played.__required_keys__ <= episode.keys() or episode["task"] not in ID2TASK.values():
                 fail(f"{path} holds episodes that evaluate.py did not play. Name the files that it wrote.")
-            agents[episode["agent"]].append(episode)
-    lines = ["| agent | score (95% interval) | solved | moves | invalid actions | episodes | LLM calls |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
-    for agent, played in agents.items():
-        s = summary(played)
-        lines.append(f"| {agent} | {s['score']:.1f} ({s['low']:.1f} to {s['high']:.1f}) | {s['success']:.0f}% "
-                     f"| {s['steps']:.1f} | {s['invalid']:.1f}% | {s['episodes']} | 0 |")
-    lines += [f"| {name} | {score:.2f} | | | | | 0 |" for name, score in PUBLISHED]
-    lines += ["", "| task | " + " | ".join(agents) + " |", "| --- |" + " --- |" * len(agents)]
-    for id, task in ID2TASK.items():
+            key = tuple(episode[name] for name in ("agent", "models", "task", "variation"))
+            if key in places:
+                fail(f"{episode['task']} {episode['variation']} of {episode['agent']} stands in {places[key]} and once "
+                     f"more in {path}. Name every episode once.")
+            places[key] = path
+            protocols.add((episode["split"], episode["simplifications"]))
+            agents[episode["agent"]][episode["models"]].append({**episode, "diagnosis": diagnose(episode)})
+    if len(protocols) > 1:
+        fail(f"the files hold episodes of different splits or simplifications: {sorted(protocols)}. Report on one of "
+             "them at a time.")
+    return {name: list(copies.values()) for name, copies in agents.items()}
+
+
+def tasks_of(episodes: list[Played]) -> list[list[Played]]:
+    """Episodes by task, in the benchmark's order."""
+    found = ([episode for episode in episodes if episode["task"] == task] for task in ID2TASK.values())
+    return [played for played in found if played]
+
+
+def average(copies: Copies, measure):
+    """Of a number (or array) of an episode: the mean over copies of the mean over tasks of the mean over episodes."""
+    return np.mean([np.mean([np.mean([measure(episode) for episode in played], axis=0) for played in tasks_of(copy)],
+                            axis=0) for copy in copies], axis=0)
+
+
+def interval(copies: list[list[list[float]]], draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over copies of the mean over tasks of the mean over episodes.
+
+    Copies are drawn again, and within each task of a drawn copy its episodes. `copies` holds scores by copy and task.
+    """
+    generator = np.random.default_rng(0)
+
+    def drawn_copy():
+        means = [np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in copy], axis=0)
+                 for copy in copies]
+        return np.array(means)[generator.integers(len(copies), size=draws), np.arange(draws)]
+
+    return tuple(np.percentile(np.mean([drawn_copy() for _ in copies], axis=0), [2.5, 97.5]))
+
+
+def summary(copies: Copies) -> dict:
+    """What the tables say of an agent: score and interval, 0-100; shares of its episodes or steps, 0-1; moves."""
+    low, high = interval([[[e["score"] for e in played] for played in tasks_of(copy)] for copy in copies])
+    means = {"score": average(copies, lambda e: e["score"]), "moves": average(copies, lambda e: len(e["steps"])),
+             "solved": average(copies, lambda e: e["score"] == 100)}
+    for name in ("wrong focus", "loop", "out of moves", "died"):
+        means[name] = average(copies, lambda e, name=name: e["diagnosis"][name])
+    for name in ("invalid", "repaired", "out of line", "stuck"):
+        means[name] = average(copies, lambda e, name=name: len(e["diagnosis"][name]) / len(e["steps"]))
+    return {**means, "low": low, "high": high, "episodes": sum(map(len, copies)),
+            "text": f"{means['score']:.1f} ({low:.1f} to {high:.1f})"}
+
+
+def first(copies: Copies) -> Played:
+    """An episode that speaks for its agent: its sub-goals, sizes and teacher."""
+    return copies[0][0]
+
+
+@dataclass
+class Section:
+    """A part of the report: paragraphs, tables (each a caption, a header and rows), plots (SVG, in the page alone)."""
+
+    title: str
+    text: list[str]
+    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    plots: list[str] = field(default_factory=list)
+
+
+def overall(agents: dict[str, Copies]) -> Section:
+    """A row for each agent and published figure, and what a reader must know to compare them."""
+    summaries = {name: summary(copies) for name, copies in agents.items()}
+    several = any(len(copies) > 1 for copies in agents.values())
+    header = ["agent", "score (95% interval)", *["copies"] * several, "solved", "moves", "invalid actions", "episodes",
+              "parameters", "LLM calls"]
+    rows = []
+    for name, s in summaries.items():
+        refused, size = s["invalid"] + s["repaired"], sum(first(agents[name])["parameters"].values())
+        rows.append([name, s["text"], *[str(len(agents[name]))] * several, f"{s['solved']:.0%}", f"{s['moves']:.1f}",
+                     f"{refused:.1%}", str(s["episodes"]), f"{size / 1e6:.1f} M", "0"])
+    rows += [[name, f"{score:.2f}", *[""] * (len(header) - 3), "0"] for name, score in PUBLISHED]
+    played = [{(e["task"], e["variation"]) for e in copy} for copies in agents.values() for copy in copies]
+    tasks = {task for task, _ in set.union(*played)}
+    text = ["Score: the mean over tasks of the mean over episodes, 0 to 100, and in brackets its 95% bootstrap "
+            "interval. Solved: episodes that reached 100. Invalid actions: steps whose first choice was refused."]
+    if several:
+        text.append("Copies: the same agent trained several times. Its score is the mean over them, and the interval "
+                    "draws copies as well as episodes.")
+    if any(pairs != played[0] for pairs in played):
+        text.append(f"NOT THE SAME EPISODES: the agents played different ones, {len(set.intersection(*played))} in "
+                    "common. Their scores cannot be compared as they stand.")
+    if len(tasks) < len(ID2TASK):
+        text.append(f"The published figures are means over all {len(ID2TASK)} tasks; ours are of {len(tasks)} of them. "
+                    "So they show the scale; they are no comparison.")
+
+    def draw(axes):
+        for y, (name, s) in enumerate(summaries.items()):
+            dot(axes, y, s, color(y), 6)
+            if len(agents[name]) > 1:
+                scores = [average([copy], lambda e: e["score"]) for copy in agents[name]]
+                axes.plot(scores, [y - 0.22] * len(scores), "|", color=color(y))
+        for i, (name, score) in enumerate(PUBLISHED):
+            axes.axvline(score, color=INK, linestyle="--", linewidth=0.8)
+            axes.annotate(f"{name.partition(',')[0]}, published {score:.1f}", (score, len(agents) - 0.1), fontsize=8,
+                          xytext=(-4 if i % 2 else 4, 0), textcoords="offset points", ha="right" if i % 2 else "left")
+        axes.set(xlim=(0, 101), ylim=(len(agents), -0.6), xlabel="score")
+        axes.set_yticks(range(len(agents)), [textwrap.fill(name, 20) for name in agents])
+
+    caption = "Score with 95% interval" + ("; small strokes: single copies" if several else "")
+    return Section("Scores", text, [("", header, rows)], [plot(caption, 0.9 + 0.45 * len(agents), draw)])
+
+
+def color(i: int) -> str:
+    """Of the i-th agent; `plot` exchanges it for one of the page's."""
+    return SERIES[i % len(SERIES)][0]
+
+
+def dot(axes, y: float, s: dict, ink: str, size: float, **more):
+    """A score with its interval, on a horizontal line."""
+    axes.plot([s["low"], s["high"]], [y, y], color=ink, linewidth=size / 3, solid_capstyle="round")
+    axes.plot(s["score"], y, "o", color=ink, markersize=size, **more)
+
+
+def per_task(agents: dict[str, Copies]) -> Section:
+    cells = {}  # (task, agent): summary
+    for name, copies in agents.items():
+        for task in ID2TASK.values():
+            mine = [[episode for episode in copy if episode["task"] == task] for copy in copies]
+            if any(mine):
+                cells[task, name] = summary([copy for copy in mine if copy])
+    tasks = {task: f"{id} {task}" for id, task in ID2TASK.items() if any(task == played for played, _ in cells)}
+    rows = [[label, *(f"{s['score']:.1f} ({s['low']:.0f} to {s['high']:.0f})" if (s := cells.get((task, name))) else ""
+                      for name in agents)] for task, label in tasks.items()]
+
+    def draw(axes):
+        for y, task in enumerate(tasks):
+            for i, name in enumerate(agents):
+                if s := cells.get((task, name)):
+                    shift = 0.7 * ((i + 0.5) / len(agents) - 0.5)
+                    dot(axes, y + shift, s, color(i), 4, label=name if not y else None)
+            axes.axhline(y - 0.5, color=INK, alpha=0.2, linewidth=0.5)
+        axes.set(xlim=(-2, 102), ylim=(len(tasks) - 0.5, -0.5), xlabel="score")
+        axes.set_yticks(range(len(tasks)), [textwrap.fill(label, 26) for label in tasks.values()], fontsize=8)
+        legend(axes, agents)
+
+    height = 1 + len(tasks) * max(0.32, 0.12 * len(agents) + 0.06)
+    return Section("Tasks", [], [("", ["task", *agents], rows)],
+                   [plot("Score of each task with 95% interval", height, draw)])
+
+
+def over_moves(agents: dict[str, Copies]) -> Section:
+    longest = max(len(episode["steps"]) for copies in agents.values() for copy in copies for episode in copy)
+
+    def held(episode):
+        """(longest + 1,): the score after each move; what ended keeps its last, and a failed one's is 0."""
+        scores = [0, *(max(0, step["score"]) for step in episode["steps"])]
+        return np.pad(np.array(scores), (0, longest + 1 - len(scores)), mode="edge")
+
+    def draw(axes):
+        for i, (name, copies) in enumerate(agents.items()):
+            axes.plot(average(copies, held), color=color(i), label=name, drawstyle="steps-post")
+        axes.set(xlim=(0, longest), ylim=(0, 101), xlabel="moves", ylabel="mean score")
+        legend(axes, agents)
+
+    text = "Mean score after so many moves. Episodes that have ended keep their last score; one that failed counts 0."
+    return Section("Score over moves", [text], plots=[plot("Mean score after so many moves", 3.2, draw)])
+
+
+def ablations(agents: dict[str, Copies]) -> Section | None:
+    """What other sub-goals than the planner's make of the score; None without a planner or anything beside it."""
+    planned = [name for name, copies in agents.items() if first(copies)["subgoals"] == "model"]
+    if not planned or len({first(copies)["subgoals"] for copies in agents.values()}) == 1:
+        return None
+    rows = []
+    for name, copies in agents.items():
+        gain = ["", ""] if name == planned[0] else difference(agents[planned[0]], copies)
+        kind = first(copies)["subgoals"]
+        rows.append([name, SUBGOALS.get(kind, kind), f"{first(copies)['parameters']['executor'] / 1e6:.1f} M",
+                     f"{summary(copies)['score']:.1f}", *gain])
+    text = [f"What the sub-goals are worth: each agent against {planned[0]}, whose planner names them. The differences "
+            "are paired, of the same episodes. Where the interval holds 0, the data do not tell the two apart.",
+            "Agents with sub-goals are meant to share one executor, so that only the sub-goals differ; the agent "
+            "without any has an executor of its own, trained without them."]
+    return Section("Ablations", text, [
+        ("", ["agent", "sub-goals", "executor", "score", f"minus {planned[0]} (95% interval)", "episodes"], rows)])
+
+
+def difference(base: Copies, copies: Copies) -> list[str]:
+    """The mean paired difference of two agents' scores with its interval, and of how many shared episodes it is."""
+    def scores(copies):
+        found = defaultdict(list)
+        for episode in chain(*copies):
+            found[episode["task"], episode["variation"]].append(episode["score"])
+        return {pair: np.mean(values) for pair, values in found.items()}
+
+    base, other, tasks = scores(base), scores(copies), defaultdict(list)
+    for task, variation in sorted(base.keys() & other.keys()):
+        tasks[task].append(other[task, variation] - base[task, variation])
+    if not tasks:
+        return ["no episode in common", "0"]
+    low, high = interval([list(tasks.values())])
+    mean = np.mean([np.mean(values) for values in tasks.values()])
+    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(sum(map(len, tasks.values())))]
+
+
+def sizes(agents: dict[str, Copies]) -> Section | None:
+    """Score by parameters; None if all executors are of a size."""
+    executors = [first(copies)["parameters"]["executor"] for copies in agents.values()]
+    if max(executors) < 1.1 * min(executors):
+        return None
+
+    def draw(axes):
+        from matplotlib.ticker import EngFormatter
+
+        for i, (name, copies) in enumerate(agents.items()):
+            s, size = summary(copies), sum(first(copies)["parameters"].values())
+            axes.plot([size, size], [s["low"], s["high"]], color=color(i), linewidth=2)
+            axes.plot(size, s["score"], "o", color=color(i), label=name)
+        axes.set(xscale="log", ylim=(0, 101), xlabel="parameters, planner and executor together", ylabel="score")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter("")
+        legend(axes, agents)
+
+    return Section("Score by size", [], plots=[plot("Score by parameters, with 95% interval", 3.2, draw)])
+
+
+def seen_unseen(agents: dict[str, Copies]) -> Section | None:
+    """Tasks whose other variations were trained on against new ones; None if all are of one kind."""
+    if len({episode["seen"] for copies in agents.values() for copy in copies for episode in copy}) == 1:
+        return None
+    rows = []
+    for name, copies in agents.items():
         cells = []
-        for played in agents.values():
-            mine = [episode for episode in played if episode["task"] == task]
-            s = mine and summary(mine)
-            cells.append(f"{s['score']:.1f} ({s['low']:.0f} to {s['high']:.0f})" if mine else "")
-        if any(cells):
-            lines.append(f"| {id} {task} | " + " | ".join(cells) + " |")
-    stops = {agent: ", ".join(f"{reason} {sum(e['stop'] == reason for e in played)}" for reason in
-                              ("done", "failed", "loop", "moves")) for agent, played in agents.items()}
-    lines += ["", *(f"- How the episodes of {agent} ended: {reasons}." for agent, reasons in stops.items())]
-    return "\n".join(lines) + "\n"
+        for seen in (True, False):
+            mine = [[episode for episode in copy if episode["seen"] == seen] for copy in copies]
+            mine = [copy for copy in mine if copy]
+            count = len({episode["task"] for copy in mine for episode in copy})
+            cells += [summary(mine)["text"] if mine else "", str(count)]
+        rows.append([name, *cells])
+    return Section("Seen and unseen tasks", [
+        "Seen: the agent was trained on other variations of the task. Unseen: on none."],
+        [("", ["agent", "seen", "tasks", "unseen", "tasks"], rows)])
+
+
+def diagnosis(agents: dict[str, Copies]) -> Section:
+    ends = ["solved", "wrong focus", "loop", "out of moves", "died"]
+    signs = ["invalid", "repaired", "out of line", "stuck"]
+
+    def row(label, copies):
+        s, flat = summary(copies), first(copies)["subgoals"] == "none"
+        shares = ["" if flat and sign in signs[2:] else f"{s[sign]:.0%}" for sign in ends + signs]
+        return [label, *shares, f"{s['moves']:.1f}"]
+
+    ids = {task: id for id, task in ID2TASK.items()}
+    tables = [("", ["agent", *ends, *signs, "moves"], [row(name, copies) for name, copies in agents.items()])]
+    for name, copies in agents.items():
+        rows = []
+        for played in tasks_of([*chain(*copies)]):
+            task = played[0]["task"]
+            mine = [[episode for episode in copy if episode["task"] == task] for copy in copies]
+            rows.append(row(f"{ids[task]} {task}", [copy for copy in mine if copy]))
+        tables.append((f"{name}, task by task", ["task", *ends, *signs, "moves"], rows))
+    return Section("Diagnosis", [
+        "How episodes ended, as shares of the episodes. Solved: at 100. Wrong focus: a mistake that fails the task for "
+        "good. Loop: the last steps repeat one cycle, with nothing new. Died: the simulator did.",
+        "What went wrong on the way, as shares of the steps. Invalid: the first choice was refused, another beam "
+        "taken. Repaired: no beam was valid, the nearest valid action was taken. Out of line: the action does not "
+        f"serve its sub-goal, by a rule of thumb. Stuck: more than {STUCK} actions for one sub-goal, and this one was "
+        "done in the same state before (the demo's experts never need more)."], tables)
+
+
+def cost(agents: dict[str, Copies]) -> Section | None:
+    """What the teacher cost against agents that call an LLM while they act; None without an agent that it taught."""
+    taught = {name: summary(copies) for name, copies in agents.items() if first(copies)["subgoals"] == "model"}
+    if not taught:
+        return None
+    best = max(taught, key=lambda name: taught[name]["score"])
+    moves, teacher = taught[best]["moves"], first(agents[best])["teacher"]
+    tokens, dollars = teacher["prompt_tokens"] + teacher["completion_tokens"], teacher["dollars"]
+    price = dollars / tokens if dollars and tokens else None
+    bill = "an unknown price" if dollars is None else f"${dollars:,.2f}"
+    text = [f"The teacher ({', '.join(teacher['annotators'])}) named the sub-goals of {teacher['trajectories']:,} "
+            f"trajectories, once: {teacher['calls']:,} LLM calls, {tokens:,} tokens, {bill}. Since then, no LLM is "
+            "called.",
+            "Agents that call an LLM while they act pay for every action: here their published tokens per action "
+            f"(SwiftSage project page), times the {moves:.1f} moves that an episode of {best} takes."]
+    if not tokens:
+        text.append("This teacher asked no LLM, so in tokens ours is ahead from the first episode.")
+    elif price:
+        text.append(f"Dollars at the teacher's own average price, ${1e6 * price:.2f} for a million tokens.")
+    else:
+        text.append("What the teacher's tokens cost in dollars is not known, so tokens alone are compared.")
+    header = ["agent", "tokens an action", "tokens an episode", *["dollars an episode"] * bool(price),
+              "the teacher costs less from"]
+    rows = [[best, "0", "0", *["$0"] * bool(price), ""]]
+    for name, count in PER_ACTION.items():
+        spent = count * moves
+        rows.append([f"{name} (published)", f"{count:,.2f}", f"{spent:,.0f}",
+                     *[f"${spent * price:.4f}" for price in [price] if price],
+                     f"episode {math.floor(tokens / spent) + 1:,}"])
+
+    def draw(axes):
+        from matplotlib.ticker import EngFormatter
+
+        least, most = min(PER_ACTION.values()) * moves, max(PER_ACTION.values()) * moves
+        far = 10 ** math.ceil(math.log10(max(1000, 10 * tokens / least)))
+        episodes = np.geomspace(1, far, 50)
+        for i, (name, count) in enumerate(PER_ACTION.items()):
+            axes.plot(episodes, count * moves * episodes, color=color(i), label=name)
+            if tokens:
+                axes.plot(max(1, tokens / (count * moves)), tokens, "o", color=color(i), markersize=5, zorder=3)
+        axes.plot([1, far], [tokens, tokens], color=INK, linewidth=2.5, label=best, clip_on=False)
+        axes.set_xscale("log")
+        floor = 10 ** math.floor(math.log10(min(tokens or least, least)))
+        axes.set_yscale(*["log"] if tokens else ["symlog"], **{} if tokens else dict(linthresh=floor, linscale=0.3))
+        axes.set(xlim=(1, far), ylim=(floor if tokens else 0, 2 * most * far), xlabel="episodes", ylabel="tokens spent")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(EngFormatter(sep=""))
+        if price:
+            right = axes.secondary_yaxis("right", functions=(lambda t: t * price, lambda d: d / price))
+            right.yaxis.set_major_formatter("${x:,g}")
+        legend(axes, [best, *PER_ACTION])
+
+    caption = "Tokens spent by number of episodes" + ("; dots: where the teacher is paid off" if tokens else "")
+    return Section("Cost", text, [("", header, rows)], [plot(caption, 3.4, draw)])
+
+
+def legend(axes, names):
+    columns = max(1, 60 // (6 + max(map(len, names))))
+    axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
+
+
+def plot(caption: str, height: float, draw) -> Markup:
+    """A plot as SVG that takes its colours from the page it stands in. draw(axes) fills it; `height` in inches.
+
+    The same data gives the same text, byte for byte.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9,
+             "axes.spines.top": False, "axes.spines.right": False}
+    inks = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**style, **inks}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that matplotlib's font lacks; browsers know it
+        figure = Figure(figsize=(5.4, height), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nameless)
+    svg = file.getvalue()[file.getvalue().index("<svg"):].replace(INK, "currentColor")
+    for i, (light, _) in enumerate(SERIES):
+        svg = svg.replace(light, f"var(--s{i})")
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", re.sub(r'<g id="[^"]*"', "<g", svg), count=2)
+    return Markup('<figure>{}<figcaption>{}</figcaption></figure>').format(
+        Markup(svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(caption), 1)), caption)
+
+
+def safe(text: str) -> str:
+    """A text as Markdown that shows it as it is: names of agents are anyone's."""
+    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(text.split()))
+
+
+def markdown(sections: list[Section]) -> str:
+    """The sections in GitHub's Markdown, without plots."""
+    lines = []
+    for section in sections:
+        if not section.tables:
+            continue
+        lines += [f"## {section.title}", ""]
+        for paragraph in section.text:
+            lines += [safe(paragraph), ""]
+        for caption, header, rows in section.tables:
+            lines += [f"### {safe(caption)}", ""] * bool(caption)
+            for row in [header, ["---"] * len(header), *rows]:
+                lines.append(f"| {' | '.join(map(safe, row))} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def replays(agents: dict[str, Copies]) -> dict:
+    """What the page's replay needs: all functions of sub-goals, the commonest first, and each copy's episodes, packed.
+
+    An episode is gzip in base64, so that a page of hundreds stays small; the browser unpacks the one it shows.
+    """
+    functions, copied = Counter(), []
+    for name, copies in agents.items():
+        for n, copy in enumerate(copies, 1):
+            episodes = []
+            for episode in chain(*(sorted(played, key=lambda e: e["variation"]) for played in tasks_of(copy))):
+                functions.update(step["subgoal"].partition("(")[0] for step in episode["steps"] if step["subgoal"])
+                shown = {key: episode[key] for key in ("description", "steps", "diagnosis")}
+                packed = base64.b64encode(gzip.compress(json.dumps(shown).encode(), mtime=0)).decode()
+                episodes.append({"task": episode["task"], "variation": episode["variation"], "score": episode["score"],
+                                 "outcome": episode["diagnosis"]["outcome"], "packed": packed})
+            copied.append({"name": name + (f" (copy {n})" if len(copies) > 1 else ""), "episodes": episodes})
+    return {"functions": [function for function, _ in functions.most_common()], "agents": copied}
+
+
+def write_report(files: list[str], target: Path | None) -> str:
+    """Write target.md and target.html about files of played episodes; returns the score tables, for the terminal."""
+    agents = gather(files)
+    if target is None:
+        return markdown([overall(agents), per_task(agents)])
+    made = [make(agents) for make in (overall, per_task, ablations, over_moves, sizes, seen_unseen, diagnosis, cost)]
+    sections = [section for section in made if section]
+    every = [episode for copies in agents.values() for copy in copies for episode in copy]
+    title = f"What the agents reached on {len({episode['task'] for episode in every})} of {len(ID2TASK)} tasks"
+    about = (f"{len(every):,} episodes of ScienceWorld, split {every[0]['split']}, simplifications "
+             f"{every[0]['simplifications']}.")
+    data = Markup(json.dumps(replays(agents)).replace("<", "\\u003c"))  # so that nothing in it can end its element
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+    link = f"[{target.name}.html](<{target.name}.html>)"
+    texts = {".md": f"# {title}\n\n{safe(about)} Plots, and a replay of every episode: {link}\n\n{markdown(sections)}",
+             ".html": page.render(title=title, about=about, sections=sections, data=data, series=SERIES)}
+    for suffix, text in texts.items():
+        try:
+            target.with_name(target.name + suffix).write_text(text)
+        except OSError as error:
+            fail(f"{target}{suffix} cannot be written ({error.strerror}). Name another --report.")
+    return markdown(sections[:2])
+
+
+def report_target(args: argparse.Namespace) -> Path | None:
+    """Where the report goes, without a suffix, if it is asked for; ends the program if there is no place for it."""
+    if not (args.report or args.report_only):
+        return None
+    target = Path(re.sub(r"\.(md|html)$", "", args.report or "report"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{target.parent} is no folder for a report ({error.strerror}). Name another --report.")
+    return target
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{{ title }}</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#fff, #15171b); --panel: light-dark(#f4f5f7, #1f2228); --line: light-dark(#d5d9df, #3b4048);
+  --ink: light-dark(#1b1d21, #e6e8ec); --soft: light-dark(#545a64, #a9b0bb); --wrong: light-dark(#b3261e, #ff8f85);
+  {% for light, dark in series %}
+  --s{{ loop.index0 }}: light-dark({{ light }}, {{ dark }});
+  {% endfor %}
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--page); color: var(--ink);
+       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 0 } p { max-width: 48rem }
+a { color: var(--s0) } nav a { margin-right: 1rem }
+:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px } #replay:focus { outline: none }
+.intro { display: flex; flex-wrap: wrap; gap: 0 2rem } .intro > * { flex: 1 1 20rem; min-width: 0; max-width: 46rem }
+.intro figure { margin: 0 0 1rem; flex: 2 1 34rem } figcaption { color: var(--soft); font-size: .875rem }
+figure svg { width: 100%; height: auto } figure text { font-family: system-ui, sans-serif !important }
+.wide { overflow-x: auto; margin: 1rem 0 } summary { cursor: pointer }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+td { white-space: nowrap } th:first-child { text-align: left; min-width: 8rem }
+thead th { color: var(--soft); font-weight: normal } tbody th { font-weight: 600 }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0 }
+.controls label { display: grid; grid-template-columns: minmax(0, auto); font-size: .875rem; color: var(--soft) }
+select, button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
+                 border-radius: .3rem; padding: .3rem .6rem; max-width: 100% }
+button { cursor: pointer }
+.lane { display: grid; grid-template-columns: 7.5rem 1fr; align-items: center; margin: 2px 0 }
+.lane > span { font-size: .8rem; color: var(--soft) }
+.strip { position: relative; display: grid; min-height: 1rem;
+         grid-template-columns: repeat(var(--steps), minmax(0, 1fr)) }
+.strip::after { content: ""; position: absolute; inset: -1px auto -1px calc(100% * var(--step) / var(--steps));
+                width: calc(100% / var(--steps)); border: 2px solid; pointer-events: none } /* the step that is shown */
+.strip > * { min-width: 0; padding: 0; border: 0; border-right: 1px solid var(--page); border-radius: 0;
+             overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .8rem; line-height: 1.6rem }
+.strip .tick { line-height: 1.1rem; font-size: .65rem }
+.strip .mark { background: var(--wrong); color: var(--page); line-height: 1rem }
+.strip svg { height: 3rem; width: 100%; overflow: visible; background: var(--panel) }
+.strip path { fill: none; stroke: var(--s0); stroke-width: 2px; vector-effect: non-scaling-stroke }
+.goal { background: light-dark(hsl(var(--hue) 65% 84%), hsl(var(--hue) 40% 27%)) }
+.stage { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 1rem; margin-top: 1rem }
+#actions { position: relative; margin: 0; padding: 0; list-style: none; height: 34rem; overflow-y: auto }
+#actions button { display: block; width: 100%; text-align: left; background: none; border: 0; border-radius: 0;
+                  border-left: .5rem solid transparent; padding: .1rem .5rem; font-size: .875rem }
+#actions [aria-current] { background: var(--panel); font-weight: 600 }
+#actions .wrong::after { content: " ✕"; color: var(--wrong) }
+#actions .goal { padding: .1rem .5rem; font-size: .875rem }
+dl { margin: 0 } dt { color: var(--soft); font-size: .8rem }
+dd { margin: 0 0 .6rem; white-space: pre-wrap; tab-size: 2 }
+#action { font-size: 1.25rem; font-weight: 600 } #goal span { padding: .1rem .5rem; border-radius: .3rem }
+#wrong { color: var(--wrong); font-weight: 600 }
+.state { font-size: .875rem; background: var(--panel); padding: .75rem }
+@media (max-width: 45rem) { .stage, .lane { grid-template-columns: minmax(0, 1fr) } #actions { height: 12rem } }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p>{{ about }}</p>
+<nav>
+{% for section in sections %}
+<a href="#{{ section.title | replace(' ', '-') }}">{{ section.title }}</a>
+{% endfor %}
+<a href="#replay">Replay</a>
+</nav>
+<main>
+{% for section in sections %}
+<section id="{{ section.title | replace(' ', '-') }}">
+<h2>{{ section.title }}</h2>
+<div class="intro">
+{% if section.text %}<div>{% for paragraph in section.text %}<p>{{ paragraph }}</p>{% endfor %}</div>{% endif %}
+{{ section.plots | join }}
+</div>
+{% for caption, header, rows in section.tables %}
+{% if caption %}<details><summary>{{ caption }}</summary>{% endif %}
+<div class="wide" tabindex="0" role="region" aria-label="{{ caption or section.title }}"><table>
+<thead><tr>{% for cell in header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if caption %}</details>{% endif %}
+{% endfor %}
+</section>
+{% endfor %}
+<section id="replay" tabindex="-1">
+<h2>Replay</h2>
+<p>Pick an episode and step through it: ← and → go back and on, Home and End to its ends; a click on the bands jumps.
+The page's address names the step, to be sent or kept.</p>
+<div class="controls">
+<label>Agent <select id="agent"></select></label>
+<label>Task <select id="task"></select></label>
+<label>Variation <select id="variation"></select></label>
+</div>
+<p id="description"></p>
+<p><strong id="outcome"></strong></p>
+<div id="lanes"></div>
+<div class="controls">
+<button data-go="first">« first</button> <button data-go="back">‹ back</button>
+<button data-go="on">on ›</button> <button data-go="last">last »</button>
+<span id="place"></span>
+</div>
+<div class="stage">
+<ol id="actions" aria-label="Actions"></ol>
+<div>
+<dl aria-live="polite">
+<dt>Sub-goal</dt><dd id="goal"></dd>
+<dt>Action</dt><dd id="action"></dd>
+<dt>Observation</dt><dd id="observation"></dd>
+<dt>Went wrong</dt><dd id="wrong"></dd>
+</dl>
+<dl class="state"><dt>State in which it was chosen</dt><dd id="look"></dd><dd id="inventory"></dd></dl>
+</div>
+</div>
+</section>
+</main>
+<script type="application/json" id="data">{{ data }}</script>
+<script>
+"use strict";
+// Text from an episode only ever becomes text: textContent, and strings given to append().
+const data = JSON.parse(document.getElementById("data").textContent);
+const at = id => document.getElementById(id);
+const WRONG = {
+  "invalid": "the first choice was refused: this is another beam",
+  "repaired": "no choice was valid: this is the valid action nearest to the first one",
+  "out of line": "the action does not serve its sub-goal",
+  "stuck": "stuck: nothing new under this sub-goal",
+};
+let entry, episode, step = 0;
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function paint(element, subgoal) {  // a function has one colour in all episodes
+  if (subgoal === null) return element;
+  element.classList.add("goal");
+  element.style.setProperty("--hue", (data.functions.indexOf(subgoal.split("(")[0]) * 137.5) % 360);
+  return element;
+}
+
+function fill(select, values, labels, value) {
+  select.replaceChildren(...values.map((value, i) => make("option", { value }, labels[i])));
+  select.value = value;
+}
+
+async function open(wanted, linked = true) {
+  const agent = data.agents.find(agent => agent.name === wanted.agent) || data.agents[0];
+  const tasks = [...new Set(agent.episodes.map(episode => episode.task))];
+  const task = tasks.includes(wanted.task) ? wanted.task : tasks[0];
+  const ours = agent.episodes.filter(episode => episode.task === task);
+  const picked = entry = ours.find(episode => String(episode.variation) === wanted.variation) || ours[0];
+  const names = data.agents.map(agent => agent.name);
+  fill(at("agent"), names, names, agent.name);
+  fill(at("task"), tasks, tasks, task);
+  fill(at("variation"), ours.map(episode => episode.variation),
+       ours.map(episode => `${episode.variation}, score ${episode.score}`), picked.variation);
+  const bytes = Uint8Array.from(atob(picked.packed), letter => letter.charCodeAt(0));
+  const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const found = await new Response(unpacked).json();
+  if (picked !== entry) return;  // another one was picked meanwhile
+  episode = found;
+  draw();
+  go((Number(wanted.step) || 1) - 1, linked);
+}
+
+function runs(items) {  // [[first, end], …] of equal neighbours
+  const starts = items.map((_, i) => i).filter(i => i === 0 || items[i] !== items[i - 1]);
+  return starts.map((start, i) => [start, starts[i + 1] ?? items.length]);
+}
+
+function jump(first, end, text, label, className = "") {  // a button over the steps first … end - 1
+  const title = `${label}, step ${first + 1}`;
+  const button = make("button", { className, title, ariaLabel: title, tabIndex: -1, onclick: () => go(first) }, text);
+  button.style.gridColumn = `${first + 1} / ${end + 1}`;
+  return button;
+}
+
+function lane(name, ...cells) {
+  const strip = make("div", { className: "strip" }, ...cells);
+  at("lanes").append(make("div", { className: "lane" }, make("span", {}, name), strip));
+}
+
+function draw() {
+  const { steps, diagnosis } = episode;
+  const goals = steps.map(step => step.subgoal), bands = runs(goals);
+  const named = goal => goal ?? "no sub-goals";
+  at("description").textContent = episode.description;
+  at("outcome").textContent = `Score ${entry.score}: ${entry.outcome}.`;
+  at("lanes").replaceChildren();
+  at("lanes").style.setProperty("--steps", steps.length);
+  lane("sub-goals", ...bands.map(([first, end]) =>
+    paint(jump(first, end, named(goals[first]), named(goals[first])), goals[first])));
+  lane("actions", ...steps.map((step, i) =>
+    paint(jump(i, i + 1, steps.length > 40 ? "" : i + 1, step.action, "tick"), step.subgoal)));
+  for (const kind in WRONG) {
+    const flags = steps.map((_, i) => diagnosis[kind].includes(i));
+    const marks = runs(flags).filter(([first]) => flags[first]);
+    if (marks.length) lane(`${kind} (${diagnosis[kind].length})`,
+                           ...marks.map(([first, end]) => jump(first, end, "", kind, "mark")));
+  }
+  const broke = diagnosis.broke;
+  if (broke !== null) lane("broke here", jump(broke, broke + 1, "✕", "broke here", "mark"));
+  const [line, path] = ["svg", "path"].map(tag => document.createElementNS("http://www.w3.org/2000/svg", tag));
+  const heights = steps.map((step, i) => `H${i}V${100 - Math.max(0, step.score)}`);
+  path.setAttribute("d", `M0 100${heights.join("")}H${steps.length}`);
+  line.setAttribute("viewBox", `0 0 ${steps.length} 100`);
+  line.setAttribute("preserveAspectRatio", "none");
+  line.style.gridColumn = "1 / -1";
+  line.append(path);
+  lane("score, 0 to 100", line);
+  const entries = bands.flatMap(([first, end]) => [
+    paint(make("div", {}, named(goals[first])), goals[first]),
+    ...steps.slice(first, end).map((step, n) => make("button", {
+      className: wrongs(first + n).length ? "wrong" : "", onclick: () => go(first + n),
+    }, `${first + n + 1} ${step.action}`))]);
+  at("actions").replaceChildren(...entries.map(entry => make("li", {}, entry)));
+}
+
+function wrongs(i) {  // in words, what went wrong at a step
+  const found = Object.keys(WRONG).filter(kind => episode.diagnosis[kind].includes(i)).map(kind => WRONG[kind]);
+  return i === episode.diagnosis.broke ? [...found, `here the episode broke: ${entry.outcome}`] : found;
+}
+
+function go(to, linked = true) {  // linked: the page's address shall name this step
+  const { steps } = episode;
+  step = Math.max(0, Math.min(steps.length - 1, to));
+  const now = steps[step], gain = now.score - (step ? steps[step - 1].score : 0);
+  const gained = gain ? ` (${gain > 0 ? "+" : ""}${gain})` : "";
+  at("place").textContent = `Step ${step + 1} of ${steps.length}, score ${now.score}${gained}`;
+  at("goal").replaceChildren(paint(make("span", {}, now.subgoal ?? "none: this agent has none"), now.subgoal));
+  for (const name of ["action", "observation", "look", "inventory"]) at(name).textContent = now[name].trim();
+  at("wrong").textContent = wrongs(step).join("\n") || "–";
+  at("lanes").style.setProperty("--step", step);
+  const list = at("actions");
+  list.querySelectorAll("button").forEach((button, i) => {
+    button.tabIndex = i === step ? 0 : -1;
+    button.toggleAttribute("aria-current", i === step);
+    if (i === step) list.scrollTop = button.offsetTop - list.clientHeight / 2;
+  });
+  if (!linked) return;
+  const place = { agent: at("agent").value, task: entry.task, variation: entry.variation, step: step + 1 };
+  history.replaceState(null, "", "#" + new URLSearchParams(place));
+}
+
+const GO = { first: () => 0, back: () => step - 1, on: () => step + 1, last: () => Infinity };
+const KEYS = { ArrowLeft: "back", ArrowRight: "on", Home: "first", End: "last" };
+document.addEventListener("keydown", event => {
+  const inside = at("replay").contains(document.activeElement);
+  if (!KEYS[event.key] || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+  if (!event.key.startsWith("Arrow") && (!inside || event.target.tagName === "SELECT")) return;
+  event.preventDefault();
+  go(GO[KEYS[event.key]]());
+});
+document.querySelectorAll("[data-go]").forEach(button => { button.onclick = () => go(GO[button.dataset.go]()); });
+for (const id of ["agent", "task", "variation"]) at(id).onchange = () => open({
+  agent: at("agent").value, task: at("task").value, variation: at("variation").value });
+
+function openHash() {
+  const wanted = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  if (!("agent" in wanted)) return false;
+  at("replay").focus();
+  at("replay").scrollIntoView();
+  open(wanted);
+  return true;
+}
+addEventListener("hashchange", openHash);
+if (!openHash()) open({}, false);
+</script>
+</body>
+</html>
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,9 +1445,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--watch", type=seconds, nargs="?", const=1.0, metavar="SECONDS",
                         help="play in the terminal, one move at a time, with a pause after each (default: 1); writes "
                         "nothing")
-    parser.add_argument("--report", help="a Markdown file to write the table to as well")
+    parser.add_argument("--report", metavar="PATH", help="the report's name: `report` or `report.md` writes report.md "
+                        "and report.html (default: with --report-only report, else the tables are only printed)")
     parser.add_argument("--report-only", nargs="+", metavar="FILE",
-                        help="play nothing, report on these played episodes")
+                        help="play nothing, report on these played episodes: one or more agents, or copies of one")
     return parser.parse_args()
 
 
@@ -843,12 +1600,14 @@ def seconds(text: str) -> float:
 
 def main():
     args = parse_args()
+    target = report_target(args)
     if not args.report_only and not run(args):
         return
-    text = report(args.report_only or [args.output])
-    if args.report:
-        Path(args.report).write_text(text)
-    print(text)
+    print(write_report(args.report_only or [args.output], target))
+    if target:
+        print(f"{target}.md and {target}.html hold the whole report.", file=sys.stderr)
+    else:
+        print(f"The whole report: python evaluate.py --report-only {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Stage 4: the agent in the simulator."""
 
-import json
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ from conftest import alive, command, descendants, kill_when, run
 
 import evaluate
 from annotate import Game, read_episodes
-from evaluate import LOOP, TRIES, Agent, Live, Student, interval, is_loop, play, play_move, report
+from evaluate import LOOP, TRIES, Agent, Live, Student, is_loop, play, play_move
 from train_action import action_examples
 from train_subgoal import subgoal_examples, trained_states
 
@@ -335,46 +334,3 @@ def test_what_cannot_be_played_is_refused_in_one_sentence(tmp_path, students, da
     names = {"tmp": tmp_path, "data": data, **students}
     refused = run("evaluate.py", "--tasks", "7-1", *(flag.format(**names) for flag in flags), code=2)
     assert complaint in refused.stderr and "Traceback" not in refused.stderr
-
-
-def episode(task: str, variation: int, score: int, **more) -> dict:
-    step = {"look": "", "inventory": "", "subgoal": None, "action": "wait", "observation": "", "score": score}
-    return (
-        dict(
-            task=task,
-            variation=variation,
-            split="test",
-            simplifications="easy",
-            description="",
-            steps=[step] * 4,
-            score=score,
-            agent="hierarchical",
-            subgoals="model",
-            models="",
-            stop="done",
-            parameters={"executor": 1},
-            seen=True,
-            teacher={},
-            invalid=[0],
-            repaired=[],
-            seconds=1.0,
-        )
-        | more
-    )
-
-
-def test_the_overall_score_is_the_mean_of_the_tasks_means(tmp_path):
-    path = tmp_path / "episodes.jsonl"
-    played = [episode("boil", 1, 100), episode("boil", 2, 100), episode("boil", 3, 100), episode("melt", 1, 0)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in played))
-    table = report([path])
-    assert "| hierarchical | 50.0 (" in table and "| 1-1 boil | 100.0 (" in table and "| 1-2 melt | 0.0 (" in table
-    assert "| 25.0% | 4 |" in table  # invalid actions: one step in four
-    assert "65.43" in table and "48.72" in table
-
-
-def test_the_interval_holds_the_mean_and_narrows_with_more_episodes():
-    few, many = interval([[0.0, 100.0] * 2]), interval([[0.0, 100.0] * 50])
-    assert few[0] < 50 < few[1] and many[0] < 50 < many[1]
-    assert many[1] - many[0] < (few[1] - few[0]) / 2
-    assert interval([[70.0], [80.0]]) == (75.0, 75.0)
