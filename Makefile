@@ -45,9 +45,9 @@ else ifeq ($(PRESET),paper)
   SIZES           ?= google/flan-t5-small google/flan-t5-base google/flan-t5-large
 else ifeq ($(PRESET),scratch)
   TASKS           ?= all
-  DEV_VARIATIONS  ?= 10
+  DEV_VARIATIONS  ?= 5
   MODEL           ?= medium
-  SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 12 --learning_rate 4e-4 \
+  SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 10 --learning_rate 4e-4 \
     --warmup_steps 500 --per_device_train_batch_size 128 --per_device_eval_batch_size 256 \
     --eval_steps 0.025 --save_steps 0.025
   ACTION_FLAGS    ?= $(SUBGOAL_FLAGS)
