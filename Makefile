@@ -85,7 +85,7 @@ WORKERS    ?= $(CORES)
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
 EXPERIMENTS := ablations sizes heldout seeds teachers selftrain
-.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test lint clean help
+.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test bench lint clean help
 .DELETE_ON_ERROR:
 
 all: students                 ## the whole method, from nothing to the result table
@@ -270,6 +270,9 @@ unbundle:                   ## on that machine: .venv, of the bundle's wheels an
 
 test: .venv/ready             ## the tests: real simulator, tiny models
 	.venv/bin/python -m pytest
+
+bench: students               ## stage 4 against one episode at a time: speed, memory, where the time goes
+	$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
 
 lint: .venv/ready             ## ruff
 	.venv/bin/ruff check .
