@@ -98,12 +98,13 @@ flat:     $(RUN)/flat/student.json              ## stage 3: the baseline without
 students: annotate                              ## stages 2 and 3: all three, JOBS of them side by side
 	@$(MAKE) --no-print-directory -j$(JOBS) subgoal action flat
 evaluate: $(RUN)/report.md                      ## stage 4: all three agents on test, and the table
-	@cat $(RUN)/report.md
+	@$(SCORES) $(RUN)/report.md
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
 # A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
 
 BIN := .venv/bin/python
+SCORES := awk '/^\#\# / { section++ } section < 3'  # of a report: the scores, overall and by task
 DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
 PLANNER := $(RUN)/subgoal
 EXECUTOR := $(RUN)/action
@@ -173,7 +174,7 @@ selftrain:                  ## a second round, with train variations that the ag
 $(EXPERIMENTS): students
 	@mkdir -p $(RUN)/$@
 	@$(MAKE) --no-print-directory $(RUN)/$@/report.md
-	@cat $(RUN)/$@/report.md
+	@$(SCORES) $(RUN)/$@/report.md
 
 VARIANT = @+$(MAKE) --no-print-directory -j$(JOBS) $@ RUN=$(@D) SHARED="$^"
 # a variant is always asked whether it is up to date; what it shares, its run has made
