@@ -11,7 +11,7 @@
     torchrun --nproc-per-node 8 train_subgoal.py … --fsdp                      weights and optimizer shared out
     torchrun --nproc-per-node 8 train_subgoal.py … --deepspeed zero2.json      the same, by DeepSpeed
 
-Every flag of Hugging Face's Seq2SeqTrainingArguments works. Batch size and accumulation are those of one process: with
+Every flag of Hugging Face's TrainingArguments works. Batch size and accumulation are those of one process: with
 more, each does its share of the same updates. A run that was stopped goes on when the same command is given again: from
 its last checkpoint, which SIGTERM makes it leave at once. Stage 3 trains the action generator with this file.
 """
@@ -258,10 +258,10 @@ class Options:
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=4e-4, warmup_steps=200,
                adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
-RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=1,
+RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=2,
            load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
            train_sampling_strategy="group_by_length", logging_steps=0.125, report_to="none", disable_tqdm=True,
-           dataloader_pin_memory=False, ddp_find_unused_parameters=False)
+           log_level_replica="error", dataloader_pin_memory=False, ddp_find_unused_parameters=False)
 
 
 def parse_flags(role: str, options: type, description: str, paper: dict, scratch: dict):
@@ -274,7 +274,7 @@ def parse_flags(role: str, options: type, description: str, paper: dict, scratch
     if processes == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread one process over all GPUs
     parser = transformers.HfArgumentParser(
-        (options, transformers.Seq2SeqTrainingArguments), description=description,
+        (options, transformers.TrainingArguments), description=description,
         usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output-dir FOLDER] [any flag below]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
@@ -502,7 +502,7 @@ def fine_tune(role: str, options: Options, training, make_examples: Callable, **
     with tempfile.TemporaryDirectory() as nowhere:
         if options.dry_run:
             training.output_dir = nowhere
-        trainer = transformers.Seq2SeqTrainer(
+        trainer = transformers.Trainer(
             model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
             data_collator=collator, compute_loss_func=token_loss, preprocess_logits_for_metrics=answer_losses,
             compute_metrics=dev_loss)
