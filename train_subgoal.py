@@ -408,7 +408,7 @@ class Batches:
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
         self.examples, self.tokens, self.shares, self.seed = examples, tokens, shares, seed
         self.rank, self.processes = rank, processes
-        self.epoch = 0
+        self.epoch, self.over = 0, False
         self.count = len(self.updates())
 
     def updates(self) -> list[np.ndarray]:
@@ -426,7 +426,7 @@ class Batches:
         return [longest, *(others[i] for i in generator.permutation(len(others)))]
 
     def __iter__(self) -> Iterator[list[int]]:
-        for update in self.updates():
+        for update in [] if self.over else self.updates():
             for share in range(self.rank, self.shares, self.processes):
                 yield update[share :: self.shares].tolist()
 
@@ -543,6 +543,7 @@ def progress_callback(name: str, batches: Batches) -> "transformers.TrainerCallb
 
         def on_epoch_begin(self, training, state, control, **_):
             batches.epoch = state.global_step // batches.count
+            batches.over = state.global_step >= state.max_steps  # the Trainer itself would train on
 
         def on_step_end(self, training, state, control, **_):
             control.should_log |= control.should_evaluate  # for the line that on_evaluate prints
