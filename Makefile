@@ -2,6 +2,7 @@
 #
 #   make all                          the demo: everything from nothing to the result table
 #   make all PRESET=paper             the paper's run, for a GPU
+#   make all PRESET=paper GPUS=8      the same run, shared by eight
 #   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
 #
 # Every setting is a variable, set below per preset, and on the command line by whoever likes other values.
@@ -19,6 +20,7 @@ PYTHON ?= python3
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
 # ANNOTATOR       rules, examples or llm; with llm: LLM its name, ANNOTATE_FLAGS more flags, such as --max-cost 5
 # JOBS            how many students train at the same time
+# GPUS            how many GPUs a training is shared by; its updates stay the same
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
 
 ifeq ($(PRESET),demo)
@@ -33,6 +35,13 @@ else ifeq ($(PRESET),paper)
   TRAIN_SETS      ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
   DEV_VARIATIONS  ?= 10
   MODEL           ?= google/flan-t5-large
+  # For a card of 24 GB. 783 M parameters in fp32 with their gradients and AdamW's two moments are 16 bytes each: 12.5 GB.
+  # What bf16 autocast keeps of 8 inputs of 1,024 tokens for the backward pass is about 60 GB, most of it attention with
+  # its position bias; checkpointing keeps only the 24 layers' inputs, 0.8 GB, and has one layer's 2.5 GB and its
+  # gradients at a time: some 18 GB in all, with GPUS > 1 also 3 GB of gradients on their way. It costs a third more
+  # computing: with 80 GB, leave it out (SUBGOAL_FLAGS= ACTION_FLAGS=).
+  SUBGOAL_FLAGS   ?= --activation_checkpointing
+  ACTION_FLAGS    ?= --activation_checkpointing
   JOBS            ?= 1
   TEST_VARIATIONS ?= 10
 else ifeq ($(PRESET),smoke)
@@ -54,13 +63,14 @@ ifeq ($(ANNOTATOR),llm)
   override ANNOTATE_FLAGS += --llm $(LLM)
 endif
 BEAMS      ?= 5
+GPUS       ?= 1
 FLAT_FLAGS ?= $(ACTION_FLAGS)
 CORES      := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 WORKERS    ?= $(CORES)
 
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
-.PHONY: .venv all annotate subgoal action flat students evaluate test lint clean help
+.PHONY: .venv all annotate subgoal action flat students evaluate test bench-train lint clean help
 .DELETE_ON_ERROR:
 
 all: .venv/ready              ## the whole method, from nothing to the result table
@@ -84,8 +94,9 @@ TEACHER := $(if $(filter llm,$(ANNOTATOR)),$(wildcard prompts/annotate*.jinja)) 
 DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
 EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
 ANNOTATE = $(BIN) annotate.py --annotator $(ANNOTATOR) $(ANNOTATE_FLAGS) --workers $(WORKERS) --output $@.part
+TRAIN = OMP_NUM_THREADS=$(THREADS) $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --output_dir $(@D).part
-THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
+THREADS := $(shell echo $$(( $(CORES) > $(JOBS) * $(GPUS) ? $(CORES) / ($(JOBS) * $(GPUS)) : 1 )))
 PLAY = $(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) --beams $(BEAMS) \
   --workers $(WORKERS) --output $@.part
 
@@ -101,15 +112,15 @@ $(RUN)/dev.jsonl: annotate.py $(TEACHER) | .venv/ready
 	mv $@.part $@
 
 $(RUN)/subgoal/student.json: train_subgoal.py $(wildcard prompts/subgoal*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
+	$(TRAIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/action/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
+	$(TRAIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/flat/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
+	$(TRAIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/hierarchical.jsonl: evaluate.py $(RUN)/subgoal/student.json $(RUN)/action/student.json
@@ -138,6 +149,9 @@ $(RUN)/report.md: $(EPISODES)
 test: .venv/ready             ## the tests: real simulator, tiny models
 	.venv/bin/python -m pytest
 
+bench-train: .venv/ready      ## tokens a second of the training, and of 8 inputs padded to 1,024 tokens
+	$(BIN) tests/benchmark_train.py $(BENCH_FLAGS)
+
 lint: .venv/ready             ## ruff
 	.venv/bin/ruff check .
 
@@ -145,5 +159,5 @@ clean:                      ## remove what the runs made (runs/); the packages s
 	rm -rf runs
 
 help:                       ## this list
-	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
 	@echo; sed -n '/^# ---- Presets/,/^$$/p' Makefile | sed -n 's/^# //p' | tail -n +2
