@@ -288,10 +288,11 @@ def parse_flags(role: str, options: type, description: str, paper: dict, scratch
         fail(f"{processes} processes cannot share updates of {known.per_device_train_batch_size} × "
              f"{known.gradient_accumulation_steps} examples evenly. Start another number of them, or change "
              "--per_device_train_batch_size or --gradient_accumulation_steps.")
+    mine = ["--per_device_train_batch_size", examples // shares, "--gradient_accumulation_steps", shares // processes]
+    if known.tokens_per_batch:
+        mine += ["--tokens_per_batch", known.tokens_per_batch * known.gradient_accumulation_steps // shares]
     try:
-        return parser.parse_args_into_dataclasses([
-            *sys.argv[1:], "--per_device_train_batch_size", str(examples // shares),
-            "--gradient_accumulation_steps", str(shares // processes)])
+        return parser.parse_args_into_dataclasses([*sys.argv[1:], *map(str, mine)])
     except ValueError as error:  # of flags that do not go together
         fail(f"{error} Change that flag; --help lists them all.")
 
@@ -400,7 +401,7 @@ class Batches:
     a run that goes on after a kill is given what it would have been given without.
 
     lengths   tokens of each input
-    examples  of an update; or, if `tokens` is given, as many as pad to so many tokens
+    examples  of an update; or, if `tokens` is given, as many as pad to at most so many
     shares    of an update, a multiple of `processes`; this is process `rank`
     """
 
@@ -416,12 +417,12 @@ class Batches:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
         order = order[np.argsort(-self.lengths[order], kind="stable")]
-        updates, end = [], 0
-        while end < len(order):
-            size = self.tokens // (8 * int(self.lengths[order[end]])) if self.tokens else self.examples
-            size = max(size, self.shares)
-            end = min(end + size, len(order))
-            updates.append(order[max(0, end - size) : end])  # the last one is filled up from the one before
+        updates, start = [], 0
+        while start < len(order):
+            size = self.tokens // (8 * int(self.lengths[order[start]])) if self.tokens else self.examples
+            least = self.shares if self.tokens else size  # the last update is filled up from the one before
+            updates.append(order[max(0, min(start, len(order) - least)) : start + max(size, self.shares)])
+            start += len(updates[-1])
         longest, *others = updates  # first: too little memory shows at once
         return [longest, *(others[i] for i in generator.permutation(len(others)))]
 
@@ -475,7 +476,8 @@ def fine_tune(role: str, options: Options, training, make_examples: Callable, **
                  max_target_length=options.max_target_length, template=template.read_text())
     tokenizer = None if options.model in SIZES else transformers.AutoTokenizer.from_pretrained(options.model)
     shares = training.gradient_accumulation_steps * training.world_size
-    examples = training.per_device_train_batch_size * shares
+    size = dict(examples=training.per_device_train_batch_size * shares,
+                tokens=options.tokens_per_batch and options.tokens_per_batch * shares)
     # The first process prepares what the others then find. What it complains of, they need not repeat.
     silent = redirect_stderr(io.StringIO()) if training.process_index else nullcontext()
     with silent, training.main_process_first(local=False):
@@ -483,7 +485,7 @@ def fine_tune(role: str, options: Options, training, make_examples: Callable, **
         if len(tokens["train_inputs_lengths"]) < shares:
             fail(f"--data holds fewer train examples than the {shares} batches of an update. Add more.")
         about |= dict(base=options.model, tasks=notes["tasks"], teacher=notes["teacher"])
-        resume = None if options.dry_run else last_checkpoint(output, fingerprint(about, tokens, training, examples))
+        resume = None if options.dry_run else last_checkpoint(output, fingerprint(about, tokens, training, size))
 
     transformers.set_seed(training.seed)
     if tokenizer:
@@ -495,8 +497,8 @@ def fine_tune(role: str, options: Options, training, make_examples: Callable, **
                   dev_examples=len(tokens["dev_inputs_lengths"]))
     name = f"{output.stem} ({about['parameters'] / 1e6:.1f} M parameters)"
     train, dev = (examples_of(tokens, split) for split in ("train", "dev"))
-    batches = Batches(tokens["train_inputs_lengths"], examples, options.tokens_per_batch, shares, training.seed,
-                      training.process_index, training.world_size)
+    batches = Batches(tokens["train_inputs_lengths"], **size, shares=shares, seed=training.seed,
+                      rank=training.process_index, processes=training.world_size)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
     with tempfile.TemporaryDirectory() as nowhere:
@@ -609,10 +611,10 @@ def forecast(name: str, trainer, batches: Batches, tokens: dict, cut: dict):
           f"time      {read / pace / 3600:.2f} hours at {pace:,.0f} input tokens a second, dev included")
 
 
-def fingerprint(about: dict, tokens: dict, training, examples: int) -> str:
+def fingerprint(about: dict, tokens: dict, training, size: dict) -> str:
     """A hash of everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
     settings = {key: value for key, value in training.to_dict().items() if not key.startswith(("logging", "output"))}
-    settings |= dict(per_device_train_batch_size=examples, gradient_accumulation_steps=1)
+    settings |= dict(per_device_train_batch_size=size, gradient_accumulation_steps=None)
     key = hashlib.sha256(json.dumps([about, settings], default=str).encode())
     for name in sorted(tokens):
         key.update(tokens[name].tobytes())
