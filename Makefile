@@ -2,6 +2,7 @@
 #
 #   make all                          the demo: everything from nothing to the result table
 #   make all PRESET=paper             the paper's run, for a GPU
+#   make all PRESET=paper GPUS=8      the same run, shared by eight
 #   make all PRESET=scratch           all 30 tasks without pretrained weights, half an hour of one GPU
 #   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
 #
@@ -22,6 +23,7 @@ PYTHON ?= python3
 #                 it. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
 # SEED            of the training
 # JOBS            how many students train at the same time
+# GPUS            how many GPUs share a training, whose updates stay the same, and the episodes to play
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
 # Of the experiments: SIZES models for `make sizes`; HELDOUT names of tasks that `make heldout` trains without; SEEDS;
 # TEACHERS annotators to compare; OWN train variations of each task that `make selftrain` plays
@@ -40,6 +42,13 @@ else ifeq ($(PRESET),paper)
   TRAIN_SETS      ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
   DEV_VARIATIONS  ?= 10
   MODEL           ?= google/flan-t5-large
+  # For a card of 24 GB. 783 M parameters in fp32 with their gradients and AdamW's two moments are 16 bytes each: 12.5 GB.
+  # What bf16 autocast keeps of 8 inputs of 1,024 tokens for the backward pass is about 60 GB, most of it attention with
+  # its position bias; checkpointing keeps only the 24 layers' inputs, 0.8 GB, and has one layer's 2.5 GB and its
+  # gradients at a time: some 18 GB in all, with GPUS > 1 also 3 GB of gradients on their way. It costs a third more
+  # computing: with 80 GB, leave it out (SUBGOAL_FLAGS= ACTION_FLAGS=).
+  SUBGOAL_FLAGS   ?= --activation_checkpointing
+  ACTION_FLAGS    ?= --activation_checkpointing
   JOBS            ?= 1
   TEST_VARIATIONS ?= 10
   SIZES           ?= google/flan-t5-small google/flan-t5-base google/flan-t5-large
@@ -72,6 +81,7 @@ TRAIN_SETS ?= $(TASKS)
 ANNOTATOR  ?= examples
 SEED       ?= 42
 BEAMS      ?= 5
+GPUS       ?= 1
 FLAT_FLAGS ?= $(ACTION_FLAGS)
 SEEDS      ?= 42 43 44
 TEACHERS   ?= rules examples $(if $(LLM),propagated llm)
@@ -85,7 +95,7 @@ WORKERS    ?= $(CORES)
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
 EXPERIMENTS := ablations sizes heldout seeds teachers selftrain
-.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test bench lint clean help
+.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test bench bench-train lint clean help
 .DELETE_ON_ERROR:
 
 all: students                 ## the whole method, from nothing to the result table
@@ -117,11 +127,13 @@ SETS.train = $(TRAIN_SETS)
 SETS.dev = $(TASKS):$(DEV_VARIATIONS)
 SETS.test = $(TASKS):$(TEST_VARIATIONS)
 ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) --workers $(WORKERS) --output $@.part
+ON_GPUS = $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
+TRAIN = OMP_NUM_THREADS=$(call SHARE,$(CORES),$(JOBS)*$(GPUS)) $(ON_GPUS)
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
-THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 PLAYED = --split test --variations $(TEST_VARIATIONS)
-PLAY = $(BIN) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) \
-  --workers $(WORKERS) --output $@.part $(if $(ROW),--name "$(basename $(@F))$(ROW)")
+PLAY = $(ON_GPUS) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) --output $@.part \
+  --workers $(call SHARE,$(WORKERS),$(GPUS)) $(if $(ROW),--name "$(basename $(@F))$(ROW)")
+SHARE = $(shell echo $$(( $1 > $2 ? $1 / ($2) : 1 )))
 
 $(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py $(TEACHER) \
   $(addsuffix /%.jsonl,$(TRAJECTORIES)) | .venv/ready
@@ -132,15 +144,15 @@ $(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.
 	mv $@.part $@
 
 $(RUN)/subgoal/student.json: train_subgoal.py $(wildcard prompts/subgoal*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
+	$(TRAIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/action/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
+	$(TRAIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/flat/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	OMP_NUM_THREADS=$(THREADS) $(BIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
+	$(TRAIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
 	rm -rf $(@D) && mv $(@D).part $(@D)
 
 $(RUN)/hierarchical.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
@@ -275,6 +287,9 @@ test: .venv/ready             ## the tests: real simulator, tiny models
 bench: students               ## stage 4 against one episode at a time: speed, memory, where the time goes
 	$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
 
+bench-train: .venv/ready      ## tokens a second of the training, and of 8 inputs padded to 1,024 tokens
+	$(BIN) tests/benchmark_train.py $(BENCH_FLAGS)
+
 lint: .venv/ready             ## ruff
 	.venv/bin/ruff check .
 
@@ -282,5 +297,5 @@ clean:                      ## remove what the runs made (runs/); the packages s
 	rm -rf runs
 
 help:                       ## this list
-	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
 	@echo; sed -n '/^# ---- Presets/,/^$$/p' Makefile | sed -n 's/^# //p' | tail -n +2

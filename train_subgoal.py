@@ -2,33 +2,48 @@
 """Stage 2: the sub-goal generator (the planner), fine-tuned to name the sub-goal of the next step.
 
     reads   --data, the annotated episodes of stage 1, and --template, the text that the model is shown
-    writes  --output-dir, a model folder: weights, tokenizer, the template, scores.json
+    writes  --output-dir, a model folder: weights, tokenizer, student.json with the template and the scores on dev;
+            beside the data, its tokens: DATA.ROLE-HASH.npz, made again when data, template or tokenizer change
 
     python train_subgoal.py --data train.jsonl dev.jsonl --model tiny --output-dir subgoal
-    python train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large --output-dir subgoal --bf16
-    torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large …
+    python train_subgoal.py --data train.jsonl dev.jsonl --model tiny --dry-run
+    torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large
+    torchrun --nproc-per-node 8 train_subgoal.py … --fsdp                      weights and optimizer shared out
+    torchrun --nproc-per-node 8 train_subgoal.py … --deepspeed zero2.json      the same, by DeepSpeed
 
-Every flag of Hugging Face's Seq2SeqTrainingArguments works. A run that was killed goes on from its last checkpoint when
-the same command is given again. Stage 3 trains the action generator with the functions of this file.
+Every flag of Hugging Face's TrainingArguments works. Batch size and accumulation are those of one process: with
+more, each does its share of the same updates. A run that was stopped goes on when the same command is given again: from
+its last checkpoint, which SIGTERM makes it leave at once. Stage 3 trains the action generator with this file.
 """
 
 import argparse
 import hashlib
+import inspect
+import io
 import json
+import math
+import os
 import re
+import resource
 import shutil
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import huggingface_hub
 import jinja2
+import numpy as np
 import transformers  # loads its parts, and PyTorch, only when they are used
 
-from annotate import PROMPTS, Episode, Step, fail, read_episodes, room_of
+import annotate
+from annotate import PROMPTS, Episode, Step, fail, read_episodes, room_of, stop
 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
@@ -41,6 +56,7 @@ SIZES = {
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
 BATCH = 64  # answers generated at a time
+MEASURED = 20  # seconds that --dry-run measures
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
 
 
@@ -159,8 +175,15 @@ def new_tokenizer(texts: list[str]) -> "transformers.PreTrainedTokenizerFast":
         vocab_size=VOCABULARY, min_frequency=2, show_progress=False, special_tokens=["<pad>", "</s>", "<unk>"],
         initial_alphabet=[chr(code) for code in range(33, 127)]))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return loaded_tokenizer(tokenizer.to_str())
+
+
+def loaded_tokenizer(text: str) -> "transformers.PreTrainedTokenizerFast":
+    """A tokenizer built from scratch, from its JSON text."""
+    from tokenizers import Tokenizer
+
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        tokenizer_object=Tokenizer.from_str(text), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGeneration":
@@ -224,33 +247,54 @@ class Options:
         "help": "what the model is shown (default: prompts/ROLE.jinja; from scratch prompts/ROLE_compact.jinja)"})
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the input, the rest is cut off"})
     max_target_length: int = field(default=30, metadata={"help": "tokens of the answer"})
+    tokens_per_batch: int | None = field(default=None, metadata={
+        "help": "fill a batch with as many examples as pad to this many input tokens (default: as many as "
+        "--per_device_train_batch_size says)"})
+    dry_run: bool = field(default=False, metadata={
+        "help": "only say what the training would be, take and need, measured on a few updates; keeps nothing"})
 
 
 # The paper's settings are the defaults; models from scratch have their own, chosen on dev variations.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=4e-4, warmup_steps=200,
                adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
-RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=1,
+RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=2,
            load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
            train_sampling_strategy="group_by_length", logging_steps=0.125, report_to="none", disable_tqdm=True,
-           dataloader_pin_memory=False)
+           log_level_replica="error", dataloader_pin_memory=False, ddp_find_unused_parameters=False)
 
 
 def parse_flags(role: str, options: type, description: str, paper: dict, scratch: dict):
     """(options, Hugging Face's training arguments) from the command line.
 
-    `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch.
+    `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch. Batch size
+    and accumulation come as those of one process, and are handed on as each process's share of the same update.
     """
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
+    if processes == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread one process over all GPUs
     parser = transformers.HfArgumentParser(
-        (options, transformers.Seq2SeqTrainingArguments), description=description,
+        (options, transformers.TrainingArguments), description=description,
         usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output-dir FOLDER] [any flag below]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
                         template=str(PROMPTS / f"{role}.jinja"))
-    known, _ = parser.parse_known_args()
-    if known.model in SIZES:
+    if parser.parse_known_args()[0].model in SIZES:
         parser.set_defaults(**SCRATCH, **scratch, template=str(PROMPTS / f"{role}_compact.jinja"))
-    return parser.parse_args_into_dataclasses()
+    known = parser.parse_args()
+    examples = known.per_device_train_batch_size * known.gradient_accumulation_steps
+    shares = max(processes, known.gradient_accumulation_steps)
+    if shares % processes or shares % known.gradient_accumulation_steps or examples % shares:
+        fail(f"{processes} processes cannot share updates of {known.per_device_train_batch_size} × "
+             f"{known.gradient_accumulation_steps} examples evenly. Start another number of them, or change "
+             "--per_device_train_batch_size or --gradient_accumulation_steps.")
+    mine = ["--per_device_train_batch_size", examples // shares, "--gradient_accumulation_steps", shares // processes]
+    if known.tokens_per_batch:
+        mine += ["--tokens_per_batch", known.tokens_per_batch * known.gradient_accumulation_steps // shares]
+    try:
+        return parser.parse_args_into_dataclasses([*sys.argv[1:], *map(str, mine)])
+    except ValueError as error:  # of flags that do not go together
+        fail(f"{error} Change that flag; --help lists them all.")
 
 
 def has_bf16() -> bool:
@@ -300,82 +344,281 @@ def teacher_of(episodes: list[Episode]) -> dict:
             "trajectories": len(episodes), **total, "dollars": None if None in dollars else sum(dollars)}
 
 
-def fine_tune(role: str, options: Options, training, make_examples, **more):
+def prepared(about: dict, options: Options, make_examples: Callable, tokenizer) -> tuple[dict, dict]:
+    """(tokens, notes) of the data, from the file beside it that the first run on this data leaves.
+
+    tokens   arrays: the inputs and the labels of train and dev, each end to end, and how long each is
+    notes    tasks and teacher of the training data; how many inputs and labels were cut off; the dev examples as
+             texts; without a `tokenizer`, the one that was built from the training data
+    """
+    key = json.dumps([about, tokenizer and tokenizer.get_vocab()], sort_keys=True).encode()
+    for path in (*options.data, annotate.__file__, __file__, inspect.getsourcefile(make_examples)):
+        try:
+            key += hashlib.sha256(Path(path).read_bytes()).digest()
+        except OSError as error:
+            fail(f"{path} cannot be read ({error.strerror}). Make it with annotate.py, or name another file.")
+    cache = Path(f"{options.data[0]}.{about['role']}-{hashlib.sha256(key).hexdigest()[:12]}.npz")
+    if not cache.exists():
+        episodes = {"train": [], "dev": []}
+        for episode in read_data(options):
+            episodes[episode["split"]].append(episode)
+        texts = {split: [(render(about["template"], state), answer) for episode in episodes[split]
+                         for state, answer in make_examples(episode)] for split in episodes}
+        built = None if tokenizer else new_tokenizer([text for example in texts["train"] for text in example])
+        tokens, cut = {}, {}
+        for split, kind in product(texts, ("inputs", "labels")):
+            most = options.max_source_length if kind == "inputs" else options.max_target_length
+            column = [example[kind == "labels"] for example in texts[split]]
+            rows = [row for start in range(0, len(column), 1000)  # not all at once: the tokenizer takes much memory
+                    for row in (tokenizer or built)(column[start : start + 1000]).input_ids]
+            cut[f"{split}_{kind}"] = sum(len(row) > most for row in rows)
+            rows = [row if len(row) <= most else row[: most - 1] + row[-1:] for row in rows]  # the end mark stays
+            tokens[f"{split}_{kind}"] = np.fromiter((token for row in rows for token in row), dtype=np.int32)
+            tokens[f"{split}_{kind}_lengths"] = np.array([len(row) for row in rows])
+        notes = dict(tasks=sorted({episode["task"] for episode in episodes["train"]}), cut=cut, dev=texts["dev"],
+                     teacher=teacher_of(episodes["train"]), tokenizer=built and built.backend_tokenizer.to_str())
+        part = cache.with_name(f"{cache.name}.{os.getpid()}")
+        with part.open("wb") as file:
+            np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **tokens)
+        part.rename(cache)
+    with np.load(cache) as file:
+        tokens = dict(file)
+    return tokens, json.loads(tokens.pop("notes").tobytes())
+
+
+def examples_of(tokens: dict, split: str) -> list[dict]:
+    """The examples of a split as the Trainer takes them."""
+    inputs, labels = (np.split(tokens[name], tokens[f"{name}_lengths"].cumsum()[:-1])
+                      for name in (f"{split}_inputs", f"{split}_labels"))
+    return [{"input_ids": i, "labels": label.tolist()} for i, label in zip(inputs, labels, strict=True)]
+
+
+class Batches:
+    """The batches of one process: a batch sampler over updates that are the same however many processes share them.
+
+    An update is a stretch of the examples in order of length, those of about one length shuffled, so that little is
+    padded. It is cut into `shares`, one for each process and accumulation step. All follows from seed and epoch alone:
+    a run that goes on after a kill is given what it would have been given without.
+
+    lengths   tokens of each input
+    examples  of an update; or, if `tokens` is given, as many as pad to at most so many
+    shares    of an update, a multiple of `processes`; this is process `rank`
+    """
+
+    def __init__(self, lengths, examples: int, tokens: int | None = None, shares=1, seed=0, rank=0, processes=1):
+        self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
+        self.examples, self.tokens, self.shares, self.seed = examples, tokens, shares, seed
+        self.rank, self.processes = rank, processes
+        self.epoch, self.over = 0, False
+        self.count = len(self.updates())
+
+    def updates(self) -> list[np.ndarray]:
+        """The updates of this epoch, in order; their number is the same in every epoch."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))
+        order = order[np.argsort(-self.lengths[order], kind="stable")]
+        updates, start = [], 0
+        while start < len(order):
+            size = self.tokens // (8 * int(self.lengths[order[start]])) if self.tokens else self.examples
+            least = self.shares if self.tokens else size  # the last update is filled up from the one before
+            updates.append(order[max(0, min(start, len(order) - least)) : start + max(size, self.shares)])
+            start += len(updates[-1])
+        longest, *others = updates  # first: too little memory shows at once
+        return [longest, *(others[i] for i in generator.permutation(len(others)))]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in [] if self.over else self.updates():
+            for share in range(self.rank, self.shares, self.processes):
+                yield update[share :: self.shares].tolist()
+
+    def __len__(self) -> int:
+        return self.count * self.shares // self.processes
+
+
+def token_loss(outputs, labels, num_items_in_batch=None):
+    """Cross-entropy, averaged over the answer tokens of a whole update: of all its batches and processes.
+
+    T5's own loss averages over each batch, so that accumulated gradients would be a multiple of one large batch's.
+    """
+    import torch
+
+    loss = torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+    return loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def answer_losses(logits, labels):
+    """(examples, 2): each answer's cross-entropy and number of tokens, for `dev_loss`."""
+    import torch
+
+    losses = torch.nn.functional.cross_entropy(logits[0].transpose(1, 2), labels, reduction="none").sum(1)
+    return torch.stack([losses, labels.ne(-100).sum(1)], dim=1)
+
+
+def dev_loss(given: "transformers.EvalPrediction") -> dict:
+    """Cross-entropy per answer token, each example counted once however many processes there are."""
+    loss, tokens = given.predictions.sum(axis=0)
+    return {"loss": loss / tokens}
+
+
+def fine_tune(role: str, options: Options, training, make_examples: Callable, **more):
     """Train a student on the examples of `options.data` and leave it, tested on dev, in `training.output_dir`.
 
     `more` is noted in its student.json, with the template and the scores.
     """
+    import torch
+
     be_quiet()
     check_model(options.model)
-    template = Path(options.template)
+    output, template = Path(training.output_dir), Path(options.template)
     if not template.is_file():
         fail(f"{template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
-    text, episodes = template.read_text(), read_data(options)
-    train, dev = ([(render(text, state), answer) for episode in episodes if episode["split"] == split
-                   for state, answer in make_examples(episode)] for split in ("train", "dev"))
-    output = Path(training.output_dir)
-    taught = [episode for episode in episodes if episode["split"] == "train"]
-    about = dict(role=role, **more, base=options.model, max_source_length=options.max_source_length,
-                 max_target_length=options.max_target_length, template=text,
-                 tasks=sorted({episode["task"] for episode in taught}), teacher=teacher_of(taught))
-    resume = last_checkpoint(output, fingerprint(about, train, training))
+    about = dict(role=role, **more, max_source_length=options.max_source_length,
+                 max_target_length=options.max_target_length, template=template.read_text())
+    tokenizer = None if options.model in SIZES else transformers.AutoTokenizer.from_pretrained(options.model)
+    shares = training.gradient_accumulation_steps * training.world_size
+    size = dict(examples=training.per_device_train_batch_size * shares,
+                tokens=options.tokens_per_batch and options.tokens_per_batch * shares)
+    # The first process prepares what the others then find. What it complains of, they need not repeat.
+    silent = redirect_stderr(io.StringIO()) if training.process_index else nullcontext()
+    with silent, training.main_process_first(local=False):
+        tokens, notes = prepared(about, options, make_examples, tokenizer)
+        if len(tokens["train_inputs_lengths"]) < shares:
+            fail(f"--data holds fewer train examples than the {shares} batches of an update. Add more.")
+        about |= dict(base=options.model, tasks=notes["tasks"], teacher=notes["teacher"])
+        resume = None if options.dry_run else last_checkpoint(output, fingerprint(about, tokens, training, size))
 
     transformers.set_seed(training.seed)
-    if options.model in SIZES:
-        tokenizer = new_tokenizer([text for example in train for text in example])
-        model = new_model(options.model, len(tokenizer))
-    else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    if tokenizer:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(options.model)
-
-    def encoded(examples):
-        texts, targets = zip(*examples, strict=True)
-        inputs = tokenizer(list(texts), truncation=True, max_length=options.max_source_length).input_ids
-        labels = tokenizer(list(targets), truncation=True, max_length=options.max_target_length).input_ids
-        return [{"input_ids": i, "labels": label} for i, label in zip(inputs, labels, strict=True)]
-
-    trainer = transformers.Seq2SeqTrainer(
-        model=model, args=training, processing_class=tokenizer, train_dataset=encoded(train), eval_dataset=encoded(dev),
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model))
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(progress_callback(f"{output.stem} ({model.num_parameters() / 1e6:.1f} M parameters)"))
+    else:
+        tokenizer = loaded_tokenizer(notes["tokenizer"])
+        model = new_model(options.model, len(tokenizer))
+    about |= dict(parameters=model.num_parameters(), train_examples=len(tokens["train_inputs_lengths"]),
+                  dev_examples=len(tokens["dev_inputs_lengths"]))
+    name = f"{output.stem} ({about['parameters'] / 1e6:.1f} M parameters)"
+    train, dev = (examples_of(tokens, split) for split in ("train", "dev"))
+    batches = Batches(tokens["train_inputs_lengths"], **size, shares=shares, seed=training.seed,
+                      rank=training.process_index, processes=training.world_size)
+    collator = transformers.DataCollatorForSeq2Seq(
+        tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
+    with tempfile.TemporaryDirectory() as nowhere:
+        if options.dry_run:
+            training.output_dir = nowhere
+        trainer = transformers.Trainer(
+            model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
+            data_collator=collator, compute_loss_func=token_loss, preprocess_logits_for_metrics=answer_losses,
+            compute_metrics=dev_loss)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(progress_callback(name, batches))
+        trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+            train, batch_sampler=batches, collate_fn=collator, num_workers=training.dataloader_num_workers,
+            pin_memory=training.dataloader_pin_memory)
+        if options.dry_run:
+            return forecast(name, trainer, batches, tokens, notes["cut"])
     trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.save_model()  # by all processes, as each may hold a part of the weights
     if not trainer.is_world_process_zero():
         return
-    model.eval()
-    given = answers(model, tokenizer, [text for text, _ in dev], about, beams=1)
-    exact = sum(best == target for (best,), (_, target) in zip(given, dev, strict=True)) / len(dev)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output).to(training.device).eval()
+    given = answers(model, tokenizer, [text for text, _ in notes["dev"]], about, beams=1)
+    exact = sum(best == target for (best,), (_, target) in zip(given, notes["dev"], strict=True)) / len(dev)
     loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    trainer.save_model()
-    about |= dict(parameters=model.num_parameters(), train_examples=len(train), dev_examples=len(dev), dev_loss=loss,
-                  dev_exact_match=exact)
+    about |= dict(dev_loss=loss, dev_exact_match=exact)
     (output / ABOUT).write_text(json.dumps(about, indent=1))
     print(f"{output}: exact match {exact:.1%} and loss {loss:.3f} on {len(dev)} dev examples")
 
 
-def progress_callback(name: str) -> "transformers.TrainerCallback":
-    """Prints a line at every evaluation. Lines, not a bar, as several students may train side by side."""
+def progress_callback(name: str, batches: Batches) -> "transformers.TrainerCallback":
+    """Tells `batches` the epoch, prints a line at every evaluation, and leaves a checkpoint on SIGTERM.
+
+    Lines, not a bar, as several students may train side by side.
+    """
 
     class Progress(transformers.TrainerCallback):
         def on_train_begin(self, training, state, control, **_):
-            self.started, self.first = time.time(), state.global_step
+            self.started, self.first, self.stopped = time.time(), state.global_step, False
+            self.say = print if state.is_world_process_zero else lambda *_, **__: None
+            if training.world_size == 1:  # several might save at different steps, and wait for each other
+                self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopped", True))
             resumed = f", going on from step {self.first}" if self.first else ""
-            print(f"{name}: {state.max_steps} steps{resumed}", flush=True)
+            self.say(f"{name}: {state.max_steps} steps{resumed}", flush=True)
+
+        def on_epoch_begin(self, training, state, control, **_):
+            batches.epoch = state.global_step // batches.count
+            batches.over = state.global_step >= state.max_steps  # the Trainer itself would train on
+
+        def on_step_end(self, training, state, control, **_):
+            control.should_log |= control.should_evaluate  # for the line that on_evaluate prints
+            control.should_save |= self.stopped
+
+        def on_save(self, training, state, control, **_):
+            if self.stopped:
+                stop(f"{name}: stopped at step {state.global_step}. The same command goes on from there.", 143)
+
+        def on_train_end(self, training, state, control, **_):
+            if training.world_size == 1:
+                signal.signal(signal.SIGTERM, self.default)
 
         def on_evaluate(self, training, state, control, metrics, **_):
             pace = (time.time() - self.started) / max(1, state.global_step - self.first)
             left = round(pace * (state.max_steps - state.global_step))
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            print(f"{name}: step {state.global_step} of {state.max_steps}, loss {float(losses[-1]):.3f} on train "
-                  f"and {metrics['eval_loss']:.3f} on dev, {left // 60}:{left % 60:02} left", flush=True)
+            self.say(f"{name}: step {state.global_step} of {state.max_steps}, loss {float(losses[-1]):.3f} on train "
+                     f"and {metrics['eval_loss']:.3f} on dev, {left // 60}:{left % 60:02} left", flush=True)
 
     return Progress()
 
 
-def fingerprint(about: dict, train: list, training) -> str:
-    """A hash of everything that decides what a checkpoint is a checkpoint of."""
+def forecast(name: str, trainer, batches: Batches, tokens: dict, cut: dict):
+    """Print what the training would be and need, after some of its updates on this device; nothing of them is kept."""
+    import torch
+
+    training, moments = trainer.args, []
+    cuda = training.device.type == "cuda"
+    updates = batches.updates()
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(updates))
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, training, state, control, **_):
+            if cuda:
+                torch.cuda.synchronize()
+            moments.append(time.time())
+            control.should_training_stop |= len(moments) > 2 and moments[-1] - moments[0] > MEASURED
+
+    trainer.add_callback(Clock)
+    training.max_steps, training.eval_strategy, training.save_strategy = min(steps, 1000), "no", "no"
+    training.load_best_model_at_end = False
+    trainer.train()
+    if not trainer.is_world_process_zero():
+        return
+    measured = [index for update in updates[2 : len(moments)] for index in update]  # the first ones warm up
+    lengths = {kind: tokens[f"train_{kind}_lengths"] for kind in ("inputs", "labels")}
+    pace = lengths["inputs"][measured].sum() / (moments[-1] - moments[1])
+    evaluations = 1 / training.eval_steps if training.eval_steps < 1 else steps / training.eval_steps
+    read = steps / len(updates) * lengths["inputs"].sum() + evaluations * tokens["dev_inputs"].size / 3  # forward alone
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    parts = [update[share :: batches.shares] for update in updates for share in range(batches.shares)]
+    print(f"{name} on {training.world_size} × {torch.cuda.get_device_name() if cuda else 'CPU'}\n"
+          f"examples  {len(lengths['inputs']):,} to train on, {len(tokens['dev_inputs_lengths']):,} of dev")
+    for kind, word in (("inputs", "inputs"), ("labels", "answers")):
+        padded = sum(len(part) * lengths[kind][part].max() for part in parts)
+        print(f"{word:8}  {lengths[kind].sum():,} tokens an epoch, {padded:,} with padding; "
+              f"{cut[f'train_{kind}']:,} of them are cut to {lengths[kind].max()} tokens")
+    print(f"steps     {steps:,}: {steps / len(updates):.1f} epochs of {len(updates):,} updates, each of "
+          f"{len(lengths['inputs']) / len(updates):.1f} examples in {batches.shares} batches\n"
+          f"memory    {16 * trainer.model.num_parameters() / 1e9:.1f} GB for weights, gradients and AdamW, "
+          f"{peak / 1e9:.1f} GB in all while it was measured, the longest inputs included\n"
+          f"time      {read / pace / 3600:.2f} hours at {pace:,.0f} input tokens a second, dev included")
+
+
+def fingerprint(about: dict, tokens: dict, training, size: dict) -> str:
+    """A hash of everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
     settings = {key: value for key, value in training.to_dict().items() if not key.startswith(("logging", "output"))}
-    return hashlib.sha256(json.dumps([about, train, settings], default=str).encode()).hexdigest()
+    settings |= dict(per_device_train_batch_size=size, gradient_accumulation_steps=None)
+    key = hashlib.sha256(json.dumps([about, settings], default=str).encode())
+    for name in sorted(tokens):
+        key.update(tokens[name].tobytes())
+    return key.hexdigest()
 
 
 def last_checkpoint(output: Path, settings: str) -> Path | None:

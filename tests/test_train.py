@@ -1,14 +1,31 @@
 """Stages 2 and 3: what the students are shown, and training that survives."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, kill_when, run
+from conftest import ROOT, command, kill_when, run
 
+import train_subgoal
 from annotate import EpisodeFile, read_episodes
 from evaluate import Live, Move
 from train_action import action_examples, executor_state
-from train_subgoal import UNTRAINED, compact, new_model, new_tokenizer, render, subgoal_examples, trained_states
+from train_subgoal import (
+    UNTRAINED,
+    Batches,
+    Options,
+    compact,
+    new_model,
+    new_tokenizer,
+    prepared,
+    render,
+    subgoal_examples,
+    trained_states,
+)
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((ROOT / "prompts").glob("*[!e].jinja"))}
 
@@ -90,15 +107,130 @@ def test_training_leaves_a_student_with_its_scores(students):
     assert 0 <= about["dev_exact_match"] <= 1 and about["dev_loss"] > 0
 
 
+def losses(student) -> dict[tuple[int, str], float]:
+    """What the last checkpoint's log holds: (step, name) to value."""
+    state = max(student.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    log = json.loads(state.read_text())["log_history"]
+    return {(entry["step"], name): entry[name] for entry in log for name in ("loss", "eval_loss") if name in entry}
+
+
+def same_weights(one, other) -> bool:
+    import torch
+    from safetensors.torch import load_file
+
+    one, other = (load_file(student / "model.safetensors") for student in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("script", ["train_subgoal.py", "train_action.py"])
-def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, data, script):
-    flags = ["--data", data, "--model", "tiny", "--max_steps", 60, "--output-dir", tmp_path / "student"]
-    states = lambda: list((tmp_path / "student").glob("checkpoint-*/trainer_state.json"))  # noqa: E731
-    kill_when(script, *flags, ready=states)
-    assert "going on from step" in run(script, *flags).stdout
-    assert (tmp_path / "student" / "student.json").exists()
-    refused = run(script, *flags, "--learning_rate", "1e-5", code=2)
+def test_a_killed_training_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, data, script, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as `run` has it: other threads add up in another order
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 40, "--learning_rate", 1e-3, "--output-dir"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_when(script, *flags, killed, ready=lambda: list(killed.glob("checkpoint-*/trainer_state.json")))
+    assert "going on from step" in run(script, *flags, killed).stdout
+    run(script, *flags, whole)
+    assert same_weights(killed, whole)
+    assert (killed / "student.json").read_text() == (whole / "student.json").read_text()
+    refused = run(script, *flags, killed, "--learning_rate", "1e-5", code=2)
     assert "other settings" in refused.stderr
+
+
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(tmp_path, data):
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 40, "--save_steps", 40, "--eval_steps", 40]
+    flags += ["--output-dir", tmp_path / "student"]
+    stopped = subprocess.Popen(command("train_subgoal.py", *flags), stdout=subprocess.PIPE)
+    assert b"40 steps" in stopped.stdout.readline()
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == 143
+    assert "going on from step" in run("train_subgoal.py", *flags).stdout
+
+
+def test_a_run_killed_after_its_last_step_is_not_trained_on(tmp_path, data):
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 10, "--output-dir", tmp_path / "student"]
+    run("train_subgoal.py", *flags)
+    before = losses(tmp_path / "student")
+    (tmp_path / "student" / "student.json").unlink()
+    assert "going on from step 10" in run("train_subgoal.py", *flags).stdout
+    assert losses(tmp_path / "student") == before
+    assert (tmp_path / "student" / "student.json").exists()
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, data):
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 16, "--logging_steps", 1, "--use_cpu", "--eval_steps", 4]
+    flags += ["--save_steps", 4, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
+    flags += ["--learning_rate", 1e-3, "--warmup_steps", 2, "--output-dir"]
+    run("train_action.py", *flags, tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = subprocess.run(
+        [*map(str, torchrun), *command("train_action.py", *flags, tmp_path / "two")[1:]],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("16 steps") == 1, "one process speaks for all"
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 20
+    assert all(abs(one[key] - two[key]) < 1e-3 for key in one)
+    about = [json.loads((tmp_path / name / "student.json").read_text()) for name in ("one", "two")]
+    assert about[0]["dev_examples"] % 32, "the dev set must not come out even, or counting an example twice is not seen"
+    assert about[0].keys() == about[1].keys()
+
+
+def test_accumulated_batches_count_as_one_large_batch(tmp_path, data):
+    flags = ["--data", data, "--model", "tiny", "--max_steps", 6, "--logging_steps", 1, "--warmup_steps", 2]
+    for size, steps in ((8, 1), (2, 4)):
+        batch = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps]
+        run("train_action.py", *flags, *batch, "--output-dir", tmp_path / str(size))
+    large, small = losses(tmp_path / "8"), losses(tmp_path / "2")
+    assert large.keys() == small.keys() and all(abs(large[key] - small[key]) < 1e-3 for key in large)
+
+
+def test_processes_that_cannot_share_an_update_evenly_are_refused(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "cannot share" in run("train_subgoal.py", "--data", data, "--model", "tiny", code=2).stderr
+
+
+def test_a_dry_run_says_what_training_takes_and_leaves_nothing(tmp_path, data):
+    flags = ["--data", data, "--model", "tiny", "--output-dir", tmp_path / "student"]
+    said = run("train_subgoal.py", *flags, "--dry-run").stdout
+    words = ["examples", "tokens an epoch", "with padding", "cut", "steps", "M parameters", "GB", "hours"]
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "student").exists()
+
+
+def test_updates_are_the_same_however_many_processes_share_them():
+    lengths = np.random.default_rng(0).integers(20, 900, 1003)
+    for tokens in (None, 4096):
+        alone = Batches(lengths, 32, tokens, shares=4)
+        for epoch in range(3):
+            shared = [Batches(lengths, 32, tokens, shares=4, rank=rank, processes=2) for rank in (0, 1)]
+            for batches in (alone, *shared):
+                batches.epoch = epoch
+            first, second = map(list, shared)
+            assert len(first) == len(second) == len(shared[0]) == len(alone) / 2
+            assert list(alone) == [batch for pair in zip(first, second, strict=True) for batch in pair]
+            assert {i for batch in alone for i in batch} == set(range(len(lengths)))
+            for update in alone.updates():
+                assert len(update) == 32 if tokens is None else max(lengths[update]) * len(update) <= tokens
+
+
+def test_the_next_epoch_brings_other_batches():
+    batches = Batches(np.full(64, 100), 8)
+    first = list(batches)
+    assert first == list(batches)
+    batches.epoch = 1
+    assert sorted(map(sorted, first)) != sorted(map(sorted, batches))
+
+
+def test_data_are_tokenised_once_until_data_or_template_change(tmp_path, data, monkeypatch):
+    options = Options([str(data)], model="tiny")
+    about = dict(role="subgoal", template=TEMPLATES["subgoal_compact"])
+    tokens, notes = prepared(about, options, subgoal_examples, None)
+    monkeypatch.setattr(train_subgoal, "read_data", None)  # what is called now fails
+    again, same = prepared(about, options, subgoal_examples, None)
+    assert same == notes and all((again[name] == tokens[name]).all() for name in tokens)
+    with pytest.raises(TypeError):
+        prepared({**about, "template": "{{ look }}"}, options, subgoal_examples, None)
 
 
 @pytest.mark.parametrize(
