@@ -131,7 +131,7 @@ class Played(Episode):
 # In a simulator process: many live games in one JVM, each in a slot.
 
 GAMES: dict[int, Game] = {}
-STUCK: dict[int, tuple[dict, set, list]] = {}  # slot: a state, the actions refused in it, and the valid ones if listed
+REFUSALS: dict[int, tuple[dict, set, list]] = {}  # slot: a state, the actions refused in it, and the valid ones
 
 
 class Death(str):
@@ -152,7 +152,7 @@ def awake(seconds: float):
 def bury(started: float, timeout: float) -> Death:
     """Forget the JVM and all its games; the next game that is started launches a new one."""
     GAMES.clear()
-    STUCK.clear()
+    REFUSALS.clear()
     Game.gateway.java_process.kill()
     Game.gateway = None
     return Death(f"gave no answer for {timeout:g} s" if time.time() - started >= timeout else "died")
@@ -164,7 +164,7 @@ def start_game(slot: int, task: str, variation: int, actions: list[str], timeout
     Returns the task's description, the state (look and inventory), the score, and the seconds that it took.
     """
     started = first = time.time()
-    STUCK.pop(slot, None)
+    REFUSALS.pop(slot, None)
     game = GAMES.pop(slot, None) or Game()
     score = 0
     try:
@@ -214,7 +214,7 @@ def play_move(slot: int, candidates: list[str]) -> Move:
     changes, and so are its valid actions, which take up to a second to list.
     """
     game = GAMES[slot]
-    state, refused, valid = STUCK.pop(slot, (None, set(), []))
+    state, refused, valid = REFUSALS.pop(slot, (None, set(), []))
     if state and state != game.state():
         state, refused, valid = None, set(), []
     for choice, action in enumerate(candidates):
@@ -231,7 +231,7 @@ def play_move(slot: int, candidates: list[str]) -> Move:
         action, _, _ = process.extractOne(candidates[0], valid, scorer=fuzz.ratio)
         observation, score, completed = game.step(action)
     if state:
-        STUCK[slot] = (state, refused, valid)
+        REFUSALS[slot] = (state, refused, valid)
     taken = [(action, observation, score)]
     if observation.startswith(AMBIGUOUS):
         observation, score, completed = game.step("0")

@@ -155,7 +155,7 @@ def test_a_focus_is_taken_as_the_likeliest_action_alone(game):
 
 def test_valid_actions_are_listed_once_for_a_state_and_only_when_an_action_was_refused(game, monkeypatch):
     listed, tried = [], []
-    evaluate.STUCK.clear()
+    evaluate.REFUSALS.clear()
     monkeypatch.setattr(Game, "valid_actions", lambda self, whole=Game.valid_actions: listed.append(1) or whole(self))
     monkeypatch.setattr(Game, "step", lambda self, action, whole=Game.step: tried.append(action) or whole(self, action))
     game.load("find-plant", 0)
