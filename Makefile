@@ -18,8 +18,8 @@ PYTHON ?= python3
 # MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
 # SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
-# ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, the others follow
-#                 it. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
+# ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
+#                 follow. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
 # SEED            of the training
 # JOBS            how many students train at the same time
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
@@ -111,11 +111,13 @@ EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
 
 BY_LLM := $(filter llm propagated,$(ANNOTATOR))
 LLM_FLAGS = --llm $(or $(LLM),gpt-4o-mini) $(ANNOTATE_FLAGS) $(if $(filter propagated,$(ANNOTATOR)),--propagate)
-TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
+TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) \
+  $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
 SETS.train = $(TRAIN_SETS)
 SETS.dev = $(TASKS):$(DEV_VARIATIONS)
 SETS.test = $(TASKS):$(TEST_VARIATIONS)
-ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) --workers $(WORKERS) --output $@.part
+ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) \
+  --workers $(WORKERS) --output $@.part
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
 THREADS := $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 PLAYED = --split test --variations $(TEST_VARIATIONS)
@@ -159,8 +161,8 @@ $(RUN)/report.md $(EXPERIMENTS:%=$(RUN)/%/report.md):
 	$(BIN) evaluate.py --report-only $^ --report $@ > /dev/null
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
-# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a run
-# in a folder of the run, made by this Makefile with other settings: the same files, but for those that the two share.
+# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a
+# run in a folder of the run, made by this Makefile with other settings: the same files, but for those that they share.
 # Like a run, an experiment can be killed at any moment, and the same command goes on.
 
 ablations:                  ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
@@ -215,7 +217,8 @@ $(RUN)/seeds/%.jsonl: $(DATA) ASK
 	$(VARIANT) SEED=$(*D) DATA="$(DATA)"
 
 teachers := $(filter-out $(ANNOTATOR),$(TEACHERS))
-$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
+$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl \
+  $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
 $(RUN)/teachers/%/hierarchical.jsonl: $(DATA) ASK
 	$(VARIANT) ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW=", teacher $*"
 
@@ -251,7 +254,7 @@ bundle: annotate            ## source, wheels and trajectories for a machine wit
 	tar -C $(RUN) --exclude __pycache__ -cJf $(RUN)/bundle.tar.xz.part bundle
 	rm -r $(RUN)/bundle
 	@size=$$(wc -c < $(RUN)/bundle.tar.xz.part); test $$size -le $(LIMIT) || \
-	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or smaller TRAIN_SETS." >&2; exit 2; }
+	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or TRAIN_SETS." >&2; exit 2; }
 	mv $(RUN)/bundle.tar.xz.part $(RUN)/bundle.tar.xz
 
 unbundle:                   ## on that machine: .venv, of the bundle's wheels and the packages that PYTHON has
