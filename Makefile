@@ -19,8 +19,8 @@ PYTHON ?= python3
 # MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
 # SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
-# ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, the others follow
-#                 it. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
+# ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
+#                 follow. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
 # SEED            of the training
 # JOBS            how many students train at the same time
 # GPUS            how many GPUs share a training, whose updates stay the same, and the episodes to play
@@ -58,7 +58,7 @@ else ifeq ($(PRESET),scratch)
   MODEL           ?= medium
   SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 10 --learning_rate 4e-4 \
     --warmup_steps 500 --per_device_train_batch_size 128 --per_device_eval_batch_size 256 \
-    --eval_steps 0.025 --save_steps 0.025
+    --logging_steps 0.025 --eval_steps 0.025 --save_steps 0.025
   ACTION_FLAGS    ?= $(SUBGOAL_FLAGS)
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
@@ -122,11 +122,13 @@ EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
 
 BY_LLM := $(filter llm propagated,$(ANNOTATOR))
 LLM_FLAGS = --llm $(or $(LLM),gpt-4o-mini) $(ANNOTATE_FLAGS) $(if $(filter propagated,$(ANNOTATOR)),--propagate)
-TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
+TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) \
+  $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
 SETS.train = $(TRAIN_SETS)
 SETS.dev = $(TASKS):$(DEV_VARIATIONS)
 SETS.test = $(TASKS):$(TEST_VARIATIONS)
-ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) --workers $(WORKERS) --output $@.part
+ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) \
+  --workers $(WORKERS) --output $@.part
 ON_GPUS = $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
 TRAIN = OMP_NUM_THREADS=$(call SHARE,$(CORES),$(JOBS)*$(GPUS)) $(ON_GPUS)
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
@@ -172,8 +174,8 @@ $(RUN)/report.md $(EXPERIMENTS:%=$(RUN)/%/report.md):
 	$(BIN) evaluate.py --report-only $^ --report $@ > /dev/null
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
-# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a run
-# in a folder of the run, made by this Makefile with other settings: the same files, but for those that the two share.
+# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a
+# run in a folder of the run, made by this Makefile with other settings: the same files, but for those that they share.
 # Like a run, an experiment can be killed at any moment, and the same command goes on.
 
 ablations:                  ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
@@ -217,6 +219,7 @@ $(heldout): $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
 $(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
 	@for task in $(HELDOUT); do grep -q "^{\"task\": \"$$task\"" $< || \
 	  { echo "make: $< has no task $$task. Name other tasks in HELDOUT." >&2; exit 2; }; done
+	@mkdir -p $(@D)
 	grep -v $(HELDOUT:%=-e '^{"task": "%"') $< > $@.part
 	mv $@.part $@
 
@@ -227,7 +230,8 @@ $(RUN)/seeds/%.jsonl: $(DATA) ASK
 	$(VARIANT) SEED=$(*D) DATA="$(DATA)"
 
 teachers := $(filter-out $(ANNOTATOR),$(TEACHERS))
-$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
+$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl \
+  $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
 $(RUN)/teachers/%/hierarchical.jsonl: $(DATA) ASK
 	$(VARIANT) ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW=", teacher $*"
 
@@ -263,7 +267,7 @@ bundle: annotate            ## source, wheels and trajectories for a machine wit
 	tar -C $(RUN) --exclude __pycache__ -cJf $(RUN)/bundle.tar.xz.part bundle
 	rm -r $(RUN)/bundle
 	@size=$$(wc -c < $(RUN)/bundle.tar.xz.part); test $$size -le $(LIMIT) || \
-	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or smaller TRAIN_SETS." >&2; exit 2; }
+	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or TRAIN_SETS." >&2; exit 2; }
 	mv $(RUN)/bundle.tar.xz.part $(RUN)/bundle.tar.xz
 
 unbundle:                   ## on that machine: .venv, of the bundle's wheels and the packages that PYTHON has
