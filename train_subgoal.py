@@ -11,9 +11,10 @@
     torchrun --nproc-per-node 8 train_subgoal.py … --fsdp                      weights and optimizer shared out
     torchrun --nproc-per-node 8 train_subgoal.py … --deepspeed zero2.json      the same, by DeepSpeed
 
-Every flag of Hugging Face's TrainingArguments works. Batch size and accumulation are those of one process: with
-more, each does its share of the same updates. A run that was stopped goes on when the same command is given again: from
-its last checkpoint, which SIGTERM makes it leave at once. Stage 3 trains the action generator with this file.
+Flags are those below and Hugging Face's TrainingArguments. Batch size and accumulation are those of one process: of
+several, each does its share of the same updates. A run that was stopped goes on from its last checkpoint when the same
+command is given again; SIGTERM makes a single process leave one first. Stage 3 trains the action generator with the
+functions of this file.
 """
 
 import argparse
@@ -378,9 +379,12 @@ def prepared(about: dict, options: Options, make_examples: Callable, tokenizer) 
         notes = dict(tasks=sorted({episode["task"] for episode in episodes["train"]}), cut=cut, dev=texts["dev"],
                      teacher=teacher_of(episodes["train"]), tokenizer=built and built.backend_tokenizer.to_str())
         part = cache.with_name(f"{cache.name}.{os.getpid()}")
-        with part.open("wb") as file:
-            np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **tokens)
-        part.rename(cache)
+        try:
+            with part.open("wb") as file:
+                np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **tokens)
+            part.rename(cache)
+        except OSError as error:
+            fail(f"{part} cannot be written ({error.strerror}). Make room, or put the data where you may write.")
     with np.load(cache) as file:
         tokens = dict(file)
     return tokens, json.loads(tokens.pop("notes").tobytes())
