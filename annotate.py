@@ -1379,7 +1379,9 @@ def main():
         report(args.report, examples)
         return
     tasks = resolve_tasks(args.tasks)
-    args.given = read_episodes(args.input) if args.input else []
+    stale = {"annotator", "answer", "usage"}  # of whoever named its sub-goals before
+    args.given = [{name: value for name, value in episode.items() if name not in stale}
+                  for episode in (read_episodes(args.input) if args.input else [])]
     if args.input and not any(e["task"] in tasks and e["split"] == args.split for e in args.given):
         fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     run = Run()
