@@ -95,7 +95,8 @@ WORKERS    ?= $(CORES)
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
 EXPERIMENTS := ablations sizes heldout seeds teachers selftrain
-.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle test bench bench-train lint clean help
+.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle
+.PHONY: test bench bench-train lint clean help
 .DELETE_ON_ERROR:
 
 all: students                 ## the whole method, from nothing to the result table
