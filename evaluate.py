@@ -104,8 +104,6 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
-
-
 REASONS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
@@ -153,7 +151,8 @@ def bury(started: float, timeout: float) -> Death:
     """Forget the JVM and all its games; the next game that is started launches a new one."""
     GAMES.clear()
     REFUSALS.clear()
-    Game.gateway.java_process.kill()
+    if Game.gateway:
+        Game.gateway.java_process.kill()
     Game.gateway = None
     return Death(f"gave no answer for {timeout:g} s" if time.time() - started >= timeout else "died")
 
@@ -165,9 +164,9 @@ def start_game(slot: int, task: str, variation: int, actions: list[str], timeout
     """
     started = first = time.time()
     REFUSALS.pop(slot, None)
-    game = GAMES.pop(slot, None) or Game()
     score = 0
     try:
+        game = GAMES.pop(slot, None) or Game()
         with awake(timeout):
             description = game.load(task, variation)
         for action in actions:
@@ -176,7 +175,7 @@ def start_game(slot: int, task: str, variation: int, actions: list[str], timeout
                 _, score, _ = game.step(action)
         GAMES[slot] = game
         return description, game.state(), score, time.time() - first
-    except Py4JError:
+    except (Py4JError, OSError, ValueError):  # the latter two: no JVM could be launched
         return bury(started, timeout)
 
 
@@ -386,9 +385,8 @@ class Student:
             if same[1] < SAME * len(sample):  # a hardly trained model's wider beams hold many answers of one likelihood
                 stop(f"{self.engine} answers differently from transformers. Use --engine transformers.", 1)
             os.chmod(new, 0o755)
-            with suppress(FileExistsError, OSError):  # another rank was first
+            with suppress(OSError):  # another rank was first
                 Path(new).rename(folder)
-                Path(new).mkdir()  # for the end of `with`
         self.model = None
         return self.translator
 
@@ -572,7 +570,8 @@ def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int, tim
     waiting = list(reversed(todo))
     free = [(worker, slot) for slot in range(live) for worker in range(workers)]
     size = math.ceil(min(len(free), len(todo)) / 2)
-    moving = deque([[], []])  # of each half: what `send` returned
+    moving = deque([[], []])  # of each half: what `Simulators.move` returned
+    begun = False
 
     def waited(answer: Callable):
         started = time.time()
@@ -599,7 +598,11 @@ def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int, tim
             while absent := [episode for episode in half if not episode.there]:
                 for episode, answer in [(episode, simulators.start(episode)) for episode in absent]:
                     beginning = waited(answer)
-                    agent.seconds["simulators"] += beginning[-1] if isinstance(beginning, tuple) else 0
+                    if isinstance(beginning, tuple):
+                        agent.seconds["simulators"] += beginning[-1]
+                        begun = True
+                    elif not begun:
+                        raise BrokenProcessPool("the very first simulator cannot be started")
                     if reason := episode.begin(beginning):
                         half.remove(episode)
                         free.append((episode.worker, episode.slot))
