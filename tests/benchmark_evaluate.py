@@ -2,8 +2,8 @@
 """How fast stage 4 plays, against the way that earlier code for this task plays.
 
 The reference: one episode at a time, `env.step()` with the valid actions that it lists at every move, both models by
-Hugging Face's generate with one input at a time. Ours: evaluate.py's `play`. Both play the same episodes with the same
-two models in one run, and choose by the same rules.
+Hugging Face's generate with one input at a time, and the first beam that is on the list, else the nearest valid action.
+Ours: evaluate.py's `play`. Both play the same episodes with the same two models in one run.
 
     python tests/benchmark_evaluate.py --subgoal-model runs/demo/subgoal --action-model runs/demo/action
     python tests/benchmark_evaluate.py --engines --action-model runs/demo/action [--large]
@@ -227,7 +227,7 @@ def main():
     parser.add_argument("--action-model", required=True, help="the executor's folder")
     parser.add_argument("--tasks", default="2-1,4,7")
     parser.add_argument("--split", default="dev")
-    parser.add_argument("--variations", type=positive, default=10)
+    parser.add_argument("--variations", type=positive, default=20)
     parser.add_argument("--beams", type=positive, default=5)
     parser.add_argument("--engine", choices=ENGINES, default="ctranslate2")
     parser.add_argument("--engines", action="store_true", help="compare the engines instead")
