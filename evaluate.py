@@ -1458,7 +1458,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> dict[str, dict]:
     """What student.json says of {"executor": …, "planner": …}; ends the program for flags that do not go together."""
-    for flag in NEEDS[args.subgoals] + ["output"] * (args.watch is None):
+    for flag in ["output"] * (args.watch is None) + NEEDS[args.subgoals]:
         if not getattr(args, flag):
             fail(f"--{flag.replace('_', '-')} is needed with --subgoals {args.subgoals}.")
     students = {"executor": check_student(args.action_model, "action")}

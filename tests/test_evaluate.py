@@ -204,7 +204,8 @@ def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path, stud
     path = tmp_path / "episodes.jsonl"
     flags = short_run(students, path)
     process = subprocess.Popen(
-        command("evaluate.py", *flags), stderr=subprocess.PIPE, text=True, start_new_session=True)
+        command("evaluate.py", *flags), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     deadline = time.time() + 120
     while not lines(path):
         assert process.poll() is None and time.time() < deadline
