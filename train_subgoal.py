@@ -640,7 +640,7 @@ def last_checkpoint(output: Path, settings: str) -> Path | None:
 
 
 def main():
-    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=5)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=7)
     options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 
