@@ -209,9 +209,9 @@ sizes := $(filter-out $(MODEL),$(SIZES))
 $(RUN)/sizes/report.md: $(RUN)/hierarchical.jsonl $(sizes:%=$(RUN)/sizes/planner-%/hierarchical.jsonl) \
   $(sizes:%=$(RUN)/sizes/executor-%/hierarchical.jsonl)
 $(RUN)/sizes/planner-%/hierarchical.jsonl: $(DATA) $(EXECUTOR)/student.json ASK
-	$(VARIANT) MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW=", planner $*"
+	$(VARIANT) JOBS=1 MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW=", planner $*"
 $(RUN)/sizes/executor-%/hierarchical.jsonl: $(DATA) $(PLANNER)/student.json ASK
-	$(VARIANT) MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW=", executor $*"
+	$(VARIANT) JOBS=1 MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW=", executor $*"
 
 heldout := $(RUN)/heldout/hierarchical.jsonl $(RUN)/heldout/flat.jsonl
 $(RUN)/heldout/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(heldout)

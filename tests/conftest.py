@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,10 @@ def kill_when(script: str, *flags, ready, seconds: float = 120):
 
 def descendants(pid: int) -> list[int]:
     """Process ids of all children, theirs included: simulator workers and their JVMs."""
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    ]
+    children = []
+    for threads_children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            children += map(int, threads_children.read_text().split())
     return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
