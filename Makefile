@@ -287,7 +287,7 @@ unbundle:                   ## on that machine: .venv, of the bundle's wheels an
 	@touch $@
 
 test: .venv/ready             ## the tests: real simulator, tiny models
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
 
 bench: students               ## stage 4 against one episode at a time: speed, memory, where the time goes
 	$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)

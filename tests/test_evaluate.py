@@ -94,7 +94,7 @@ def test_a_simulator_that_dies_or_hangs_costs_one_episode_its_progress_and_no_ep
         os.kill(struck[-1], sign)
 
     killer = Killer(strike, after=2 * len(experts))
-    played = list(play(Scripted(experts), list(experts), workers=2, live=4, timeout=5, watch=killer))
+    played = list(play(Scripted(experts), list(experts), workers=2, live=4, timeout=10, watch=killer))
     assert sorted((live.task, live.variation) for live, _ in played) == sorted(experts)
     assert [(live.score, reason) for live, reason in played] == [(100, "done")] * len(experts)
     assert [live.deaths for live, _ in played].count(1) == 1

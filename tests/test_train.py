@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -233,6 +236,17 @@ def test_data_are_tokenised_once_until_data_or_template_change(tmp_path, data, m
         prepared({**about, "template": "{{ look }}"}, options, subgoal_examples, None)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model hub that holds nothing: asking the real one would take as long as the network likes."""
+    empty = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     "flags, complaint",
     [
@@ -243,7 +257,7 @@ def test_data_are_tokenised_once_until_data_or_template_change(tmp_path, data, m
         (["--data", "{test}", "--model", "tiny"], "test episodes"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, data, flags, complaint):
+def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, data, hub, flags, complaint):
     test = tmp_path / "test.jsonl"
     EpisodeFile(test).append({**read_episodes(data)[0], "split": "test"})
     names = {"data": data, "folder": tmp_path, "test": test}
