@@ -115,7 +115,7 @@ evaluate: $(RUN)/report.md                      ## stage 4: all three agents on 
 # A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
 
 BIN := .venv/bin/python
-SCORES := awk '/^\#\# / { section++ } section < 3'  # of a report: the scores, overall and by task
+SCORES := awk '/^\#\# / { shown = !/Diagnosis|Cost/ } shown'  # of a report: scores, tasks, paired differences
 DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
 PLANNER := $(RUN)/subgoal
 EXECUTOR := $(RUN)/action

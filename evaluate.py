@@ -724,24 +724,38 @@ def average(copies: Copies, measure):
                             axis=0) for copy in copies], axis=0)
 
 
-def interval(copies: list[list[list[float]]], draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean over copies of the mean over tasks of the mean over episodes.
+def scores(*agents: Copies) -> list[list[np.ndarray]]:
+    """By task, the scores of each agent: (copies, variations that all agents played), NaN where a copy lacks one."""
+    known = [[{(e["task"], e["variation"]): e["score"] for e in copy} for copy in copies] for copies in agents]
+    shared = set.intersection(*(set().union(*copies) for copies in known))
+    tasks = ([pair for pair in sorted(shared) if pair[0] == task] for task in ID2TASK.values())
+    return [[np.array([[copy.get(pair, np.nan) for pair in pairs] for copy in copies]) for copies in known]
+            for pairs in tasks if pairs]
 
-    Copies are drawn again, and within each task of a drawn copy its episodes. `copies` holds scores by copy and task.
+
+def interval(copies: Copies, base: Copies | None = None, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over tasks of the mean score; with `base`, of its gain over another agent.
+
+    An agent's copies are drawn again, and within each task its variations: the same for all copies and both agents,
+    as these play the same ones.
     """
     generator = np.random.default_rng(0)
-
-    def drawn_copy():
-        means = [np.mean([generator.choice(task, (draws, len(task))).mean(axis=1) for task in copy], axis=0)
-                 for copy in copies]
-        return np.array(means)[generator.integers(len(copies), size=draws), np.arange(draws)]
-
-    return tuple(np.percentile(np.mean([drawn_copy() for _ in copies], axis=0), [2.5, 97.5]))
+    agents = [copies, base] if base else [copies]
+    drawn = [generator.integers(len(agent), size=(draws, len(agent), 1)) for agent in agents]
+    means = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")  # a draw of copies that lack the variations drawn
+        for tables in scores(*agents):
+            variations = generator.integers(tables[0].shape[1], size=(draws, 1, tables[0].shape[1]))
+            mean, *other = (np.nanmean(table[chosen, variations], axis=(1, 2))
+                            for table, chosen in zip(tables, drawn, strict=True))
+            means.append(mean - sum(other))
+        return tuple(np.nanpercentile(np.nanmean(means, axis=0), [2.5, 97.5]))
 
 
 def summary(copies: Copies) -> dict:
     """What the tables say of an agent: score and interval, 0-100; shares of its episodes or steps, 0-1; moves."""
-    low, high = interval([[[e["score"] for e in played] for played in tasks_of(copy)] for copy in copies])
+    low, high = interval(copies)
     means = {"score": average(copies, lambda e: e["score"]), "moves": average(copies, lambda e: len(e["steps"])),
              "solved": average(copies, lambda e: e["score"] == 100)}
     for name in ("wrong focus", "loop", "out of moves", "died"):
@@ -867,40 +881,34 @@ def over_moves(agents: dict[str, Copies]) -> Section:
 
 
 def ablations(agents: dict[str, Copies]) -> Section | None:
-    """What other sub-goals than the planner's make of the score; None without a planner or anything beside it."""
-    planned = [name for name, copies in agents.items() if first(copies)["subgoals"] == "model"]
-    if not planned or len({first(copies)["subgoals"] for copies in agents.values()}) == 1:
+    """Every agent against the one whose planner names the sub-goals (else the first); None if there is but one."""
+    if len(agents) == 1:
         return None
+    base = next((name for name, copies in agents.items() if first(copies)["subgoals"] == "model"), next(iter(agents)))
     rows = []
     for name, copies in agents.items():
-        gain = ["", ""] if name == planned[0] else difference(agents[planned[0]], copies)
+        sizes = (first(copies)["parameters"].get(role) for role in ("planner", "executor"))
         kind = first(copies)["subgoals"]
-        rows.append([name, SUBGOALS.get(kind, kind), f"{first(copies)['parameters']['executor'] / 1e6:.1f} M",
-                     f"{summary(copies)['score']:.1f}", *gain])
-    text = [f"What the sub-goals are worth: each agent against {planned[0]}, whose planner names them. The differences "
-            "are paired, of the same episodes. Where the interval holds 0, the data do not tell the two apart.",
-            "Agents with sub-goals are meant to share one executor, so that only the sub-goals differ; the agent "
-            "without any has an executor of its own, trained without them."]
-    return Section("Ablations", text, [
-        ("", ["agent", "sub-goals", "executor", "score", f"minus {planned[0]} (95% interval)", "episodes"], rows)])
+        rows.append([name, SUBGOALS.get(kind, kind), *(f"{size / 1e6:.1f} M" if size else "" for size in sizes),
+                     f"{summary(copies)['score']:.1f}",
+                     *(["", ""] if name == base else difference(copies, agents[base]))])
+    text = [f"What makes the difference: each agent against {base}. The differences are paired, of the same episodes. "
+            "Where the interval holds 0, the data do not tell the two apart."]
+    if len({row[1] for row in rows}) > 1:
+        text.append("Agents with sub-goals are meant to share one executor, so that only the sub-goals differ; the "
+                    "agent without any has an executor of its own, trained without them.")
+    header = ["agent", "sub-goals", "planner", "executor", "score", f"minus {base} (95% interval)", "episodes"]
+    return Section("Ablations and variants", text, [("", header, rows)])
 
 
-def difference(base: Copies, copies: Copies) -> list[str]:
-    """The mean paired difference of two agents' scores with its interval, and of how many shared episodes it is."""
-    def scores(copies):
-        found = defaultdict(list)
-        for episode in chain(*copies):
-            found[episode["task"], episode["variation"]].append(episode["score"])
-        return {pair: np.mean(values) for pair, values in found.items()}
-
-    base, other, tasks = scores(base), scores(copies), defaultdict(list)
-    for task, variation in sorted(base.keys() & other.keys()):
-        tasks[task].append(other[task, variation] - base[task, variation])
-    if not tasks:
+def difference(copies: Copies, base: Copies) -> list[str]:
+    """How much an agent is above another on the episodes that both played, with its interval; and their number."""
+    tables = scores(copies, base)
+    if not tables:
         return ["no episode in common", "0"]
-    low, high = interval([list(tasks.values())])
-    mean = np.mean([np.mean(values) for values in tasks.values()])
-    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(sum(map(len, tasks.values())))]
+    mean = np.mean([np.nanmean(mine) - np.nanmean(other) for mine, other in tables])
+    low, high = interval(copies, base)
+    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(sum(mine.shape[1] for mine, _ in tables))]
 
 
 def sizes(agents: dict[str, Copies]) -> Section | None:

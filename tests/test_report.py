@@ -50,18 +50,34 @@ def test_the_overall_score_is_the_mean_of_the_tasks_means(tmp_path):
     assert "65.43" in text and "48.72" in text and "ours are of 2 of them" in text and "copies" not in text
 
 
+def copy(*scores: float, task: str = "boil") -> list[dict]:
+    """The episodes of one trained copy of an agent, variation 0 first."""
+    return [episode(task, variation, score) for variation, score in enumerate(scores)]
+
+
 def test_the_interval_holds_the_mean_and_narrows_with_more_episodes():
-    few, many = interval([[[0.0, 100.0] * 2]]), interval([[[0.0, 100.0] * 50]])
+    few, many = (interval([copy(*[0, 100] * n)]) for n in (2, 50))
     assert few[0] < 50 < few[1] and many[0] < 50 < many[1]
     assert many[1] - many[0] < (few[1] - few[0]) / 2
-    assert interval([[[70.0], [80.0]]]) == (75.0, 75.0)
+    assert interval([[*copy(70), *copy(80, task="melt")]]) == (75.0, 75.0)
 
 
 def test_the_interval_of_several_copies_tells_how_much_they_differ():
-    alike, unlike = [[[50.0] * 9]] * 3, [[[score] * 9] for score in (20.0, 50.0, 80.0)]
-    assert interval(alike) == (50, 50)
-    low, high = interval(unlike)
+    assert interval([copy(*[50] * 9)] * 3) == (50, 50)
+    low, high = interval([copy(*[score] * 9) for score in (20, 50, 80)])
     assert 20 <= low < 40 and 60 < high <= 80
+
+
+def test_copies_that_played_the_same_variations_are_no_further_episodes():
+    scores = [0, 100] * 5
+    assert interval([copy(*scores)] * 3) == interval([copy(*scores)])
+
+
+def test_the_interval_of_a_difference_is_of_pairs_and_of_copies():
+    better, worse = copy(*[20, 100] * 5), copy(*[0, 80] * 5)
+    assert interval([better], [worse]) == (20, 20)
+    low, high = interval([better, worse], [worse])
+    assert low == 0 and high == 20
 
 
 def test_several_copies_of_an_agent_count_alike_however_many_episodes_each_played(tmp_path):
@@ -106,8 +122,9 @@ def test_the_command_writes_both_files_byte_for_byte_the_same_from_the_same_epis
 def test_an_ablation_is_measured_on_the_episodes_that_both_agents_played(tmp_path):
     random = dict(agent="random", subgoals="random")
     played = [episode("boil", 1, 100), episode("boil", 2, 50), episode("boil", 2, 20, **random)]
-    row = "| random | drawn from the train set | 1.0 M | 20.0 | -30.0 (-30.0 to -30.0) | 1 |"
+    row = "| random | drawn from the train set | 1.0 M | 1.0 M | 20.0 | -30.0 (-30.0 to -30.0) | 1 |"
     assert row in report(tmp_path, played)
+    assert "minus" not in report(tmp_path, played[:2])
 
 
 def test_seen_and_unseen_tasks_are_told_apart_where_both_were_played(tmp_path):
@@ -254,8 +271,8 @@ def visit(page, address: str, **place):
 
 def test_the_page_opens_with_all_its_plots_and_sections(page, site):
     visit(page, site)
-    for name in ("Scores", "Tasks", "Ablations", "Score over moves", "Score by size", "Seen and unseen tasks",
-                 "Diagnosis", "Cost", "Replay"):  # fmt: skip
+    for name in ("Scores", "Tasks", "Ablations and variants", "Score over moves", "Score by size",
+                 "Seen and unseen tasks", "Diagnosis", "Cost", "Replay"):
         assert page.get_by_role("heading", name=name, exact=True).is_visible()
     assert page.locator("figure svg[role=img]").count() == 5
     assert page.url == site  # nothing is added to it before the reader does something
