@@ -16,7 +16,7 @@ PYTHON ?= python3
 # TASKS           what is learned and played: names, ids, topics, all
 # TRAIN_SETS      what is trained on: TASKS or TASKS:N for the first N variations of each, several with blanks between
 # DEV_VARIATIONS  dev variations of each task that choose the best checkpoint
-# MODEL           tiny, small, medium (from scratch), or a model of the hub or a folder
+# MODEL           nano, tiny, small, medium (from scratch), or a model of the hub or a folder
 # SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
 # FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
 # ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
@@ -35,7 +35,7 @@ ifeq ($(PRESET),demo)
   MODEL           ?= tiny
   JOBS            ?= 3
   TEST_VARIATIONS ?= 10
-  SIZES           ?= tiny small
+  SIZES           ?= nano tiny
   HELDOUT         ?= find-plant lifespan-shortest-lived
 else ifeq ($(PRESET),paper)
   TASKS           ?= all
@@ -72,7 +72,7 @@ else ifeq ($(PRESET),smoke)
   ACTION_FLAGS    ?= --max_steps 20
   JOBS            ?= 1
   TEST_VARIATIONS ?= 1
-  SIZES           ?= tiny small
+  SIZES           ?= nano tiny
   HELDOUT         ?= lifespan-longest-lived
 else
   $(error there is no preset $(PRESET); the presets are demo, paper, scratch and smoke)

@@ -49,8 +49,9 @@ from annotate import PROMPTS, Episode, Step, fail, read_episodes, room_of, stop
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
 
-# T5s built from scratch, by name: d_model, layers of encoder and decoder, heads of 32 (tiny, small) or 64 dimensions.
+# T5s built from scratch, by name: d_model, layers of encoder and decoder, heads of 32 dimensions, of 64 in medium.
 SIZES = {
+    "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
     "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),

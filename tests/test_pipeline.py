@@ -67,7 +67,7 @@ def test_a_changed_script_reruns_its_stage_and_what_follows(finished, script, st
     "experiment, trained",
     [
         ("ablations", set()),
-        ("sizes", {"sizes/planner-small/subgoal", "sizes/executor-small/action"}),
+        ("sizes", {"sizes/planner-nano/subgoal", "sizes/executor-nano/action"}),
         ("heldout", {"heldout/subgoal", "heldout/action", "heldout/flat"}),
         ("seeds", {f"seeds/{seed}/{role}" for seed in (43, 44) for role in ("subgoal", "action", "flat")}),
         ("teachers", {"teachers/rules/subgoal", "teachers/rules/action"}),
