@@ -159,24 +159,25 @@ def test_a_run_killed_after_its_last_step_is_not_trained_on(tmp_path, data):
     assert (tmp_path / "student" / "student.json").exists()
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path, data):
+def test_two_processes_give_the_loss_curve_of_one_with_whole_or_shared_out_weights(tmp_path, data):
     flags = ["--data", data, "--model", "tiny", "--max_steps", 16, "--logging_steps", 1, "--use_cpu", "--eval_steps", 4]
     flags += ["--save_steps", 4, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
     flags += ["--learning_rate", 1e-3, "--warmup_steps", 2, "--output-dir"]
     run("train_action.py", *flags, tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    done = subprocess.run(
-        [*map(str, torchrun), *command("train_action.py", *flags, tmp_path / "two")[1:]],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("16 steps") == 1, "one process speaks for all"
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys() and len(one) == 20
-    assert all(abs(one[key] - two[key]) < 1e-3 for key in one)
-    about = [json.loads((tmp_path / name / "student.json").read_text()) for name in ("one", "two")]
-    assert about[0]["dev_examples"] % 32, "the dev set must not come out even, or counting an example twice is not seen"
-    assert about[0].keys() == about[1].keys()
+    for name, sharing in (("two", []), ("shared", ["--fsdp"])):
+        done = subprocess.run(
+            [*map(str, torchrun), *command("train_action.py", *flags, tmp_path / name, *sharing)[1:]],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("16 steps") == 1, "one process speaks for all"
+        one, two = losses(tmp_path / "one"), losses(tmp_path / name)
+        assert one.keys() == two.keys() and len(one) == 20
+        assert all(abs(one[key] - two[key]) < 1e-3 for key in one)
+        about = [json.loads((tmp_path / folder / "student.json").read_text()) for folder in ("one", name)]
+        assert about[0]["dev_examples"] % 32, "the dev set must not come out even: counting one twice would not show"
+        assert about[0].keys() == about[1].keys()
 
 
 def test_accumulated_batches_count_as_one_large_batch(tmp_path, data):
