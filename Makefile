@@ -22,7 +22,7 @@ PYTHON ?= python3
 # ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
 #                 follow. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
 # SEED            of the training
-# JOBS            how many students train at the same time
+# JOBS            how many students train at the same time (default: one a core)
 # GPUS            how many GPUs share a training, whose updates stay the same, and the episodes to play
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
 # Of the experiments: SIZES models for `make sizes`; HELDOUT names of tasks that `make heldout` trains without; SEEDS;
@@ -33,7 +33,6 @@ ifeq ($(PRESET),demo)
   DEV_VARIATIONS  ?= 10
   ANNOTATOR       ?= rules
   MODEL           ?= tiny
-  JOBS            ?= 3
   TEST_VARIATIONS ?= 10
   SIZES           ?= nano tiny
   HELDOUT         ?= find-plant lifespan-shortest-lived
@@ -70,7 +69,6 @@ else ifeq ($(PRESET),smoke)
   MODEL           ?= tiny
   SUBGOAL_FLAGS   ?= --max_steps 20
   ACTION_FLAGS    ?= --max_steps 20
-  JOBS            ?= 1
   TEST_VARIATIONS ?= 1
   SIZES           ?= nano tiny
   HELDOUT         ?= lifespan-longest-lived
@@ -79,6 +77,7 @@ else
 endif
 TRAIN_SETS ?= $(TASKS)
 ANNOTATOR  ?= examples
+JOBS       ?= $(if $(filter 1 2,$(CORES)),$(CORES),3)
 SEED       ?= 42
 BEAMS      ?= 5
 GPUS       ?= 1
@@ -135,7 +134,8 @@ TRAIN = OMP_NUM_THREADS=$(call SHARE,$(CORES),$(JOBS)*$(GPUS)) $(ON_GPUS)
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
 PLAYED = --split test --variations $(TEST_VARIATIONS)
 PLAY = $(ON_GPUS) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) --output $@.part \
-  --workers $(call SHARE,$(WORKERS),$(GPUS)) $(if $(ROW),--name "$(basename $(@F))$(ROW)")
+  --workers $(call SHARE,$(WORKERS),$(GPUS)) $(if $(ROW),--name "$(basename $(@F))$(comma) $(ROW)")
+comma := ,
 SHARE = $(shell echo $$(( $1 > $2 ? $1 / ($2) : 1 )))
 
 $(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py $(TEACHER) \
@@ -191,7 +191,12 @@ $(EXPERIMENTS): students
 	@$(MAKE) --no-print-directory $(RUN)/$@/report.md
 	@$(SCORES) $(RUN)/$@/report.md
 
-VARIANT = @+$(MAKE) --no-print-directory -j$(JOBS) $@ RUN=$(@D) SHARED="$^"
+# of the students $1 by the settings $2: they learn side by side, then they play
+define VARIANT
+@+$(MAKE) --no-print-directory -j$(JOBS) $1 RUN=$(@D) SHARED="$^" $2
+@+$(MAKE) --no-print-directory $(@D)/hierarchical.jsonl $(if $(filter flat,$1),$(@D)/flat.jsonl) \
+  RUN=$(@D) SHARED="$^" $2
+endef
 # a variant is always asked whether it is up to date; what it shares, its run has made
 ASK $(filter-out ASK,$(SHARED)): ;
 
@@ -209,14 +214,14 @@ sizes := $(filter-out $(MODEL),$(SIZES))
 $(RUN)/sizes/report.md: $(RUN)/hierarchical.jsonl $(sizes:%=$(RUN)/sizes/planner-%/hierarchical.jsonl) \
   $(sizes:%=$(RUN)/sizes/executor-%/hierarchical.jsonl)
 $(RUN)/sizes/planner-%/hierarchical.jsonl: $(DATA) $(EXECUTOR)/student.json ASK
-	$(VARIANT) JOBS=1 MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW=", planner $*"
+	$(call VARIANT,subgoal,JOBS=1 MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW="planner $*")
 $(RUN)/sizes/executor-%/hierarchical.jsonl: $(DATA) $(PLANNER)/student.json ASK
-	$(VARIANT) JOBS=1 MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW=", executor $*"
+	$(call VARIANT,action,JOBS=1 MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW="executor $*")
 
 heldout := $(RUN)/heldout/hierarchical.jsonl $(RUN)/heldout/flat.jsonl
 $(RUN)/heldout/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(heldout)
-$(heldout): $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
-	$(VARIANT) DATA="$(filter-out ASK,$^)" ROW=", trained without $(words $(HELDOUT)) of the tasks"
+$(heldout) &: $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
+	$(call VARIANT,subgoal action flat,DATA="$(filter-out ASK,$^)" ROW="$(words $(HELDOUT)) tasks held out")
 $(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
 	@for task in $(HELDOUT); do grep -q "^{\"task\": \"$$task\"" $< || \
 	  { echo "make: $< has no task $$task. Name other tasks in HELDOUT." >&2; exit 2; }; done
@@ -227,18 +232,18 @@ $(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
 seeds := $(filter-out $(SEED),$(SEEDS))
 $(RUN)/seeds/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(seeds:%=$(RUN)/seeds/%/hierarchical.jsonl) \
   $(seeds:%=$(RUN)/seeds/%/flat.jsonl)
-$(RUN)/seeds/%.jsonl: $(DATA) ASK
-	$(VARIANT) SEED=$(*D) DATA="$(DATA)"
+$(RUN)/seeds/%/hierarchical.jsonl $(RUN)/seeds/%/flat.jsonl: $(DATA) ASK
+	$(call VARIANT,subgoal action flat,SEED=$* DATA="$(DATA)")
 
 teachers := $(filter-out $(ANNOTATOR),$(TEACHERS))
 $(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl \
   $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
 $(RUN)/teachers/%/hierarchical.jsonl: $(DATA) ASK
-	$(VARIANT) ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW=", teacher $*"
+	$(call VARIANT,subgoal action,ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW="teacher $*")
 
 $(RUN)/selftrain/report.md: $(RUN)/hierarchical.jsonl $(RUN)/selftrain/hierarchical.jsonl
 $(RUN)/selftrain/hierarchical.jsonl: $(DATA) $(RUN)/selftrain/solved.jsonl ASK
-	$(VARIANT) DATA="$(DATA) $(RUN)/selftrain/solved.jsonl" ROW=", second round"
+	$(call VARIANT,subgoal action,DATA="$(DATA) $(RUN)/selftrain/solved.jsonl" ROW="second round")
 $(RUN)/selftrain/played.jsonl: PLAYED = --split train --variations $(OWN)
 $(RUN)/selftrain/played.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
 	$(PLAY) --subgoals model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
