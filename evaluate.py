@@ -912,9 +912,10 @@ def difference(copies: Copies, base: Copies) -> list[str]:
 
 
 def sizes(agents: dict[str, Copies]) -> Section | None:
-    """Score by parameters; None if all executors are of a size."""
-    executors = [first(copies)["parameters"]["executor"] for copies in agents.values()]
-    if max(executors) < 1.1 * min(executors):
+    """Score by parameters; None if all planners are of a size, and all executors."""
+    models = [first(copies)["parameters"] for copies in agents.values()]
+    planners, executors = ([model[role] for model in models if role in model] for role in ("planner", "executor"))
+    if max(executors) < 1.1 * min(executors) and max(planners, default=0) <= 1.1 * min(planners, default=0):
         return None
 
     def draw(axes):
