@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # files run side by side, one a core; other threads would add up in another order
 
 from annotate import read_episodes  # noqa: E402
 
@@ -26,7 +27,6 @@ def run(script: str, *flags, code: int = 0) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
