@@ -22,7 +22,7 @@ PYTHON ?= python3
 # ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
 #                 follow. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
 # SEED            of the training
-# JOBS            how many students train at the same time (default: one a core)
+# JOBS            how many students train at the same time (default: one a core, at most all three)
 # GPUS            how many GPUs share a training, whose updates stay the same, and the episodes to play
 # TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
 # Of the experiments: SIZES models for `make sizes`; HELDOUT names of tasks that `make heldout` trains without; SEEDS;
@@ -132,10 +132,10 @@ ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNO
 ON_GPUS = $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
 TRAIN = OMP_NUM_THREADS=$(call SHARE,$(CORES),$(JOBS)*$(GPUS)) $(ON_GPUS)
 TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
+comma := ,
 PLAYED = --split test --variations $(TEST_VARIATIONS)
 PLAY = $(ON_GPUS) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) --output $@.part \
   --workers $(call SHARE,$(WORKERS),$(GPUS)) $(if $(ROW),--name "$(basename $(@F))$(comma) $(ROW)")
-comma := ,
 SHARE = $(shell echo $$(( $1 > $2 ? $1 / ($2) : 1 )))
 
 $(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py $(TEACHER) \
@@ -191,7 +191,7 @@ $(EXPERIMENTS): students
 	@$(MAKE) --no-print-directory $(RUN)/$@/report.md
 	@$(SCORES) $(RUN)/$@/report.md
 
-# of the students $1 by the settings $2: they learn side by side, then they play
+# $1 the students that it trains, side by side, before it plays; $2 its settings
 define VARIANT
 @+$(MAKE) --no-print-directory -j$(JOBS) $1 RUN=$(@D) SHARED="$^" $2
 @+$(MAKE) --no-print-directory $(@D)/hierarchical.jsonl $(if $(filter flat,$1),$(@D)/flat.jsonl) \

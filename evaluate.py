@@ -724,7 +724,7 @@ def average(copies: Copies, measure):
                             axis=0) for copy in copies], axis=0)
 
 
-def scores(*agents: Copies) -> list[list[np.ndarray]]:
+def score_tables(*agents: Copies) -> list[list[np.ndarray]]:
     """By task, the scores of each agent: (copies, variations that all agents played), NaN where a copy lacks one."""
     known = [[{(e["task"], e["variation"]): e["score"] for e in copy} for copy in copies] for copies in agents]
     shared = set.intersection(*(set().union(*copies) for copies in known))
@@ -745,7 +745,7 @@ def interval(copies: Copies, base: Copies | None = None, draws: int = 2000) -> t
     means = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice")  # a draw of copies that lack the variations drawn
-        for tables in scores(*agents):
+        for tables in score_tables(*agents):
             variations = generator.integers(tables[0].shape[1], size=(draws, 1, tables[0].shape[1]))
             mean, *other = (np.nanmean(table[chosen, variations], axis=(1, 2))
                             for table, chosen in zip(tables, drawn, strict=True))
@@ -887,9 +887,9 @@ def ablations(agents: dict[str, Copies]) -> Section | None:
     base = next((name for name, copies in agents.items() if first(copies)["subgoals"] == "model"), next(iter(agents)))
     rows = []
     for name, copies in agents.items():
-        sizes = (first(copies)["parameters"].get(role) for role in ("planner", "executor"))
+        parameters = (first(copies)["parameters"].get(role) for role in ("planner", "executor"))
         kind = first(copies)["subgoals"]
-        rows.append([name, SUBGOALS.get(kind, kind), *(f"{size / 1e6:.1f} M" if size else "" for size in sizes),
+        rows.append([name, SUBGOALS.get(kind, kind), *(f"{size / 1e6:.1f} M" if size else "" for size in parameters),
                      f"{summary(copies)['score']:.1f}",
                      *(["", ""] if name == base else difference(copies, agents[base]))])
     text = [f"What makes the difference: each agent against {base}. The differences are paired, of the same episodes. "
@@ -903,7 +903,7 @@ def ablations(agents: dict[str, Copies]) -> Section | None:
 
 def difference(copies: Copies, base: Copies) -> list[str]:
     """How much an agent is above another on the episodes that both played, with its interval; and their number."""
-    tables = scores(copies, base)
+    tables = score_tables(copies, base)
     if not tables:
         return ["no episode in common", "0"]
     mean = np.mean([np.nanmean(mine) - np.nanmean(other) for mine, other in tables])
@@ -914,8 +914,8 @@ def difference(copies: Copies, base: Copies) -> list[str]:
 def sizes(agents: dict[str, Copies]) -> Section | None:
     """Score by parameters; None if all planners are of a size, and all executors."""
     models = [first(copies)["parameters"] for copies in agents.values()]
-    planners, executors = ([model[role] for model in models if role in model] for role in ("planner", "executor"))
-    if max(executors) < 1.1 * min(executors) and max(planners, default=0) <= 1.1 * min(planners, default=0):
+    known = [[model[role] for model in models if role in model] for role in ("planner", "executor")]
+    if not any(of_role and max(of_role) > 1.1 * min(of_role) for of_role in known):
         return None
 
     def draw(axes):

@@ -52,9 +52,9 @@ def kill_when(script: str, *flags, ready, seconds: float = 120):
 def descendants(pid: int) -> list[int]:
     """Process ids of all children, theirs included: simulator workers and their JVMs."""
     children = []
-    for threads_children in Path(f"/proc/{pid}/task").glob("*/children"):
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):  # the thread has ended meanwhile
-            children += map(int, threads_children.read_text().split())
+            children += map(int, listed.read_text().split())
     return children + [grandchild for child in children for grandchild in descendants(child)]
 
 

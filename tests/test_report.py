@@ -127,6 +127,13 @@ def test_an_ablation_is_measured_on_the_episodes_that_both_agents_played(tmp_pat
     assert "minus" not in report(tmp_path, played[:2])
 
 
+@pytest.mark.parametrize("planner, executor, shown", [(1, 1, False), (4, 1, True), (1, 4, True)])
+def test_the_score_by_size_is_plotted_where_planners_or_executors_differ_in_size(tmp_path, planner, executor, shown):
+    other = dict(agent="other", parameters={"planner": planner * 10**6, "executor": executor * 10**6})
+    report(tmp_path, [episode("boil", 1, 100), episode("boil", 1, 50, **other)])
+    assert ("Score by size" in (tmp_path / "report.html").read_text()) is shown
+
+
 def test_seen_and_unseen_tasks_are_told_apart_where_both_were_played(tmp_path):
     seen, unseen = episode("boil", 1, 100), episode("melt", 1, 40, seen=False)
     assert "| 100.0 (100.0 to 100.0) | 1 | 40.0 (40.0 to 40.0) | 1 |" in report(tmp_path, [seen, unseen])
