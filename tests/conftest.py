@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,37 +31,53 @@ def run(script: str, *flags, code: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-def kill_when(script: str, *flags, ready, seconds: float = 120):
-    """Start a script, kill it with -9 as soon as `ready()` holds, and check that its processes are gone soon after."""
-    process = subprocess.Popen(command(script, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(script: str, *flags) -> subprocess.Popen:
+    return subprocess.Popen(command(script, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_until(ready, process: subprocess.Popen, seconds: float = 120):
+    """Wait for `ready()` to hold while a process runs."""
     deadline = time.time() + seconds
     while not ready():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "it ended too early"
         assert time.time() < deadline, "it never got so far"
         time.sleep(0.02)
+
+
+def kill_when(script: str, *flags, ready, seconds: float = 120):
+    """Start a script, kill it with -9 as soon as `ready()` holds, and check that its processes are gone soon after."""
+    process = start(script, *flags)
+    wait_until(ready, process, seconds)
     family = descendants(process.pid)
     process.kill()
     process.wait()
+    gone_by = time.time() + 30
     while any(alive(pid) for pid in family):
-        assert time.time() < deadline, "a process was left behind"
+        assert time.time() < gone_by, "a process was left behind"
         time.sleep(0.1)
     return family
 
 
+def processes() -> dict[int, tuple[int, str]]:
+    """Parent and state of every process of the machine, zombies left out."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = map(str.split, listed.splitlines())
+    return {int(pid): (int(parent), state) for pid, parent, state in rows if not state.startswith("Z")}
+
+
 def descendants(pid: int) -> list[int]:
-    """Process ids of all children, theirs included: simulator workers and their JVMs."""
-    children = []
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended meanwhile
-            children += map(int, listed.read_text().split())
-    return children + [grandchild for child in children for grandchild in descendants(child)]
+    """Process ids of all children, theirs included: the JVMs of the simulators."""
+    listed = processes()
+
+    def below(parent: int) -> list[int]:
+        children = [child for child, (of, _) in listed.items() if of == parent]
+        return children + [one for child in children for one in below(child)]
+
+    return below(pid)
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return pid in processes()
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +100,8 @@ def data(tmp_path_factory) -> Path:
 def students(tmp_path_factory, data) -> dict[str, Path]:
     """Folders of the three students, each after a few steps of training."""
     folder = tmp_path_factory.mktemp("students")
-    common = ["--data", data, "--model", "tiny", "--max_steps", 6, "--output-dir"]
+    common = ["--data", data, "--model", "tiny", "--max_steps", 40, "--eval_steps", 40, "--save_steps", 40,
+              "--warmup_steps", 0, "--learning_rate", 2e-3, "--output_dir"]
     run("train_subgoal.py", *common, folder / "subgoal")
     run("train_action.py", *common, folder / "action")
     run("train_action.py", *common, folder / "flat", "--flat")

@@ -1,18 +1,30 @@
-"""Stage 1: collecting expert trajectories and naming their sub-goals."""
+"""Stage 1: collecting expert trajectories, naming their sub-goals by rules and examples, and files that survive."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from itertools import groupby
 from statistics import mean
 
 import pytest
-from conftest import kill_when, run
+from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 
 from annotate import (
     EPISODE_FIELDS,
+    EXAMPLES,
     STEP_FIELDS,
     EpisodeFile,
+    JsonLines,
+    Simulator,
+    SimulatorDied,
+    agreement,
+    annotate_by_examples,
     annotate_by_rules,
+    labels_of,
     read_episodes,
     resolve_tasks,
 )
@@ -20,7 +32,7 @@ from annotate import (
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
 
 
-def labelled(*actions: str, room: str = "hallway") -> list[tuple[str, int]]:
+def by_rules(*actions: str, room: str = "hallway") -> list[tuple[str, int]]:
     """(sub-goal, number of steps) that the rules give some actions. A look shows the room that the walks led to."""
     steps = []
     for action in actions:
@@ -28,6 +40,13 @@ def labelled(*actions: str, room: str = "hallway") -> list[tuple[str, int]]:
         room = action.removeprefix("go to ") if action.startswith("go to ") else room
     names = [step["subgoal"] for step in annotate_by_rules({"steps": steps})["steps"]]
     return [(name, len(list(group))) for name, group in groupby(names)]
+
+
+def whole_lines(path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# ---- The record and the sub-goals
 
 
 def test_all_30_tasks_give_a_trajectory_in_the_one_record(experts):
@@ -39,16 +58,11 @@ def test_all_30_tasks_give_a_trajectory_in_the_one_record(experts):
         for step in episode["steps"]:
             assert step.keys() == STEP_FIELDS
             assert step["look"] and step["inventory"] and step["observation"]
-
-
-def test_every_step_of_every_task_has_a_well_formed_subgoal(experts):
-    for episode in experts:
-        for step in episode["steps"]:
             assert SUBGOAL.fullmatch(step["subgoal"]), (episode["task"], step["action"], step["subgoal"])
 
 
 def test_subgoals_are_coarser_than_actions_as_in_the_papers_examples(experts):
-    lengths = [len(e["steps"]) / len(list(groupby(step["subgoal"] for step in e["steps"]))) for e in experts]
+    lengths = [len(e["steps"]) / len(list(groupby(labels_of(e)))) for e in experts]
     # on an inclined plane the expert looks dozens of times while the block slides: one sub-goal
     ordinary = [length for e, length in zip(experts, lengths, strict=True) if "inclined" not in e["task"]]
     assert 2 <= mean(lengths) <= 6
@@ -56,27 +70,87 @@ def test_subgoals_are_coarser_than_actions_as_in_the_papers_examples(experts):
 
 
 def test_opening_a_cupboard_and_taking_the_pot_out_is_one_subgoal():
-    assert labelled("open cupboard", "pick up metal pot", "look around") == [("find(metal pot)", 3)]
+    assert by_rules("open cupboard", "pick up metal pot", "look around") == [("find(metal pot)", 3)]
 
 
 def test_the_thermometer_loop_is_one_subgoal():
     loop = ["examine ice", "use thermometer in inventory on ice", "wait"] * 3
-    assert labelled(*loop, "focus on red box") == [("monitor_temperature(ice)", 9), ("focus_on(red box)", 1)]
+    assert by_rules(*loop, "focus on red box") == [("monitor_temperature(ice)", 9), ("focus_on(red box)", 1)]
 
 
 def test_a_walk_is_named_by_its_last_room_and_ends_where_it_turns_back():
     walk = ["open door to bedroom", "go to bedroom", "open door to hallway", "go to hallway", "go to kitchen"]
-    assert labelled(*walk) == [("navigate_to(bedroom)", 2), ("navigate_to(kitchen)", 3)]
+    assert by_rules(*walk) == [("navigate_to(bedroom)", 2), ("navigate_to(kitchen)", 3)]
 
 
-def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order():
+def test_carrying_over_renames_objects_and_follows_longer_walks_and_waits():
+    def episode(description: str, *actions: str, subgoals=()) -> dict:
+        labels = [name for name, count in subgoals for _ in range(count)] or [None] * len(actions)
+        return {"description": description, "steps": [
+            {"action": action, "subgoal": label, "look": ""} for action, label in zip(actions, labels, strict=True)]}
+
+    subgoals = [("navigate_to(kitchen)", 2), ("find(metal pot)", 2), ("wait()", 1), ("heat(water, metal pot)", 2)]
+    source = episode("boil water", "open door to kitchen", "go to kitchen", "open cupboard", "pick up metal pot",
+                     "wait1", "move metal pot to stove", "activate stove", subgoals=subgoals)
+    other = episode("boil lead", "open door to hallway", "go to hallway", "open door to foundry", "go to foundry",
+                    "open drawer", "pick up tin cup", "wait1", "wait1", "wait1", "move tin cup to blast furnace",
+                    "activate blast furnace")
+    labels = labels_of(annotate_by_examples([source], other))
+    assert labels == ["navigate_to(foundry)"] * 4 + ["find(tin cup)"] * 2 + ["wait()"] * 3 + ["heat(lead, tin cup)"] * 2
+    stranger = annotate_by_examples([source], episode("x", "read book", "eat apple", "dunk cup into bath"))
+    assert stranger["answer"] == "rules" and labels_of(stranger)[0] == "read(book)"
+
+
+def test_the_embedded_annotators_agree_with_the_hand_as_the_readme_says():
+    examples = read_episodes(EXAMPLES)
+    siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
+    rules = agreement([(labels_of(annotate_by_rules(e)), labels_of(e)) for e in examples])
+    carried = agreement([(labels_of(annotate_by_examples(of, e)), labels_of(e)) for e, of in siblings if of])
+    assert (round(rules["F1"], 3), round(rules["same sub-goal"], 3)) == (0.965, 0.621)
+    assert (round(carried["F1"], 3), round(carried["same sub-goal"], 3)) == (0.974, 0.842)
+
+
+def test_agreement_counts_boundaries_and_names():
+    figures = agreement([(["a(x)", "a(x)", "b(y)", "c(z)"], ["a(x)", "a(x)", "b(x)", "b(x)"])])
+    assert figures == pytest.approx(
+        {"precision": 0.5, "recall": 1, "F1": 2 / 3, "same function": 0.75, "same sub-goal": 0.5})
+
+
+# ---- What is annotated
+
+
+def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be_left_out():
     assert resolve_tasks("7-1, 4-2,boil") == ["boil", "find-non-living-thing", "lifespan-longest-lived"]
     assert len(resolve_tasks("4")) == 4 and len(resolve_tasks("1")) == 4 and len(resolve_tasks("all")) == 30
+    assert resolve_tasks("1,-melt,-1-1") == ["freeze", "change-the-state-of-matter-of"]
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(tmp_path):
     refused = run("annotate.py", "--tasks", "boyl", "--output", tmp_path / "x.jsonl", code=2)
     assert "'boyl'" in refused.stderr and "boil" in refused.stderr.replace("boyl", "") and not list(tmp_path.iterdir())
+
+
+def test_of_an_input_file_the_lowest_variations_are_taken_whatever_its_order(data, tmp_path):
+    shuffled, output = tmp_path / "shuffled.jsonl", tmp_path / "out.jsonl"
+    backwards = sorted(read_episodes(data), key=lambda episode: -episode["variation"])
+    shuffled.write_text("".join(json.dumps(episode) + "\n" for episode in backwards))
+    run("annotate.py", "--input", shuffled, "--tasks", "7-1", "--variations", 2, "--output", output)
+    lowest = sorted(e["variation"] for e in read_episodes(data) if e["task"] == "lifespan-longest-lived")[:2]
+    assert sorted(episode["variation"] for episode in read_episodes(output)) == lowest
+
+
+def test_what_an_agent_has_solved_can_be_kept_for_training(data, tmp_path):
+    played, output = tmp_path / "played.jsonl", tmp_path / "solved.jsonl"
+    episodes = [{**e, "score": 100 - 50 * (i % 2)} for i, e in enumerate(read_episodes(data))]
+    del episodes[0]["annotator"]
+    played.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+    said = run("annotate.py", "--input", played, "--annotator", "keep", "--tasks", "all,-7-1", "--output", output)
+    kept = [e for e in episodes if e["score"] == 100 and e["task"] != "lifespan-longest-lived"]
+    assert read_episodes(output) == [{**e, "annotator": e.get("annotator", "agent")} for e in kept]
+    assert "end below 100" in said.stdout
+
+
+# ---- Files
 
 
 @pytest.mark.parametrize(
@@ -98,27 +172,90 @@ def test_missing_empty_foreign_and_torn_files_are_refused_by_line(tmp_path, caps
 
 
 def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path, data):
-    path = tmp_path / "torn.jsonl"
+    path, command = tmp_path / "torn.jsonl", {"annotator": "rules"}
     lines = data.read_bytes().splitlines(keepends=True)
+    EpisodeFile(path, command).file.close()
     path.write_bytes(b"".join(lines[:3]) + lines[3][:500])
-    file = EpisodeFile(path, annotator="rules")
+    file = EpisodeFile(path, command)
     assert len(file.done) == 3 and path.read_bytes() == b"".join(lines[:3])
     file.append(json.loads(lines[3]))
     assert path.read_bytes() == b"".join(lines[:4])
 
 
-def test_a_file_of_another_annotator_is_not_mixed(tmp_path, data, capsys):
+@pytest.mark.parametrize(
+    "text", ['{"my": "notes"}', '{"my": "notes"}\n{"more', "Dear diary,\ntoday", '{\n "task": "x"\n}'])
+def test_a_foreign_file_named_as_output_is_refused_and_keeps_every_byte(tmp_path, text):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    refused = run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", path, code=2)
+    assert "name another" in refused.stderr.lower() and path.read_text() == text
     with pytest.raises(SystemExit):
-        EpisodeFile(data, annotator="gpt-4o-mini")
-    assert "'rules'" in capsys.readouterr().err
+        JsonLines(path)
+    assert path.read_text() == text
+
+
+def test_a_file_of_another_annotator_is_not_mixed_and_can_be_deleted_and_made_anew(tmp_path):
+    flags = ["--input", EXAMPLES, "--tasks", "boil", "--output", tmp_path / "out.jsonl"]
+    run("annotate.py", *flags, "--annotator", "rules")
+    kept = (tmp_path / "out.jsonl").read_bytes()
+    refused = run("annotate.py", *flags, code=2)
+    assert "was made with annotator rules, this run has examples" in refused.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == kept
+    (tmp_path / "out.jsonl").unlink()
+    run("annotate.py", *flags)
+
+
+def test_rules_that_were_edited_between_stop_and_restart_are_refused(tmp_path):
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    script = tmp_path / "annotate.py"
+    script.write_text((ROOT / "annotate.py").read_text())
+    command = [sys.executable, script, "--input", EXAMPLES, "--annotator", "rules", "--output", tmp_path / "out.jsonl"]
+    subprocess.run(command, check=True, capture_output=True)
+    script.write_text(script.read_text().replace('("find(X)",', '("take_out(X)",'))
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "was made with another version of rules" in refused.stderr
+
+
+# ---- Deaths
 
 
 def test_after_kill_9_the_same_command_finishes_without_a_line_twice(tmp_path):
     path = tmp_path / "train.jsonl"
     flags = ["--tasks", "7-1", "--variations", 12, "--annotator", "rules", "--output", path]
-    family = kill_when("annotate.py", *flags, ready=lambda: path.exists() and path.read_bytes().count(b"\n") >= 3)
-    assert len(family) >= 2  # a worker and its JVM were there to be left behind
+    family = kill_when("annotate.py", *flags, ready=lambda: whole_lines(path) >= 3)
+    assert family  # a JVM was there to be left behind
     kept = path.read_bytes()
     run("annotate.py", *flags)
     assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert sorted(episode["variation"] for episode in read_episodes(path)) == list(range(12))
+
+
+def test_a_jvm_that_is_killed_while_collecting_costs_nothing_and_ctrl_c_leaves_none_behind(tmp_path):
+    path = tmp_path / "train.jsonl"
+    process = start("annotate.py", "--tasks", "7-1", "--workers", 1, "--annotator", "rules", "--output", path)
+    wait_until(lambda: whole_lines(path) >= 2, process)
+    before = descendants(process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    there = whole_lines(path)
+    wait_until(lambda: whole_lines(path) >= there + 3, process)
+    after = descendants(process.pid)
+    assert set(before).isdisjoint(after)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130 and not any(map(alive, after))
+    variations = sorted(episode["variation"] for episode in read_episodes(path))
+    assert variations == list(range(len(variations)))
+
+
+def test_a_hung_simulator_is_noticed_and_the_next_game_has_a_new_one():
+    simulator = Simulator(timeout=60)
+    with simulator.watched():
+        game = simulator.game()
+    hung, simulator.timeout = simulator.pid, 1
+    os.kill(hung, signal.SIGSTOP)
+    with pytest.raises(SimulatorDied, match="gave no answer for 1 s"), simulator.watched():
+        game.load("boil", 0)
+    simulator.timeout = 60
+    with simulator.watched():
+        assert "boil" in simulator.game().load("boil", 0)
+    assert simulator.pid != hung and not alive(hung)
+    simulator.close()
