@@ -46,38 +46,12 @@ from rapidfuzz import fuzz, process
 from tqdm import tqdm
 
 from annotate import (
-    ID2TASK,
-    PROMPTS,
-    SIMPLIFICATIONS,
-    SPLITS,
-    Episode,
-    EpisodeFile,
-    Game,
-    Simulator,
-    SimulatorDied,
-    Step,
-    cores,
-    digest,
-    fail,
-    in_threads,
-    parse_action,
-    positive,
-    read_episodes,
-    resolve_tasks,
-    split_variations,
-    stop,
+    ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
+    digest, fail, in_threads, parse_action, positive, read_episodes, resolve_tasks, split_variations, stop
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT,
-    answers,
-    be_quiet,
-    has_bf16,
-    model_class,
-    question_tokens,
-    render,
-    state_of,
-    trained_states,
+    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3)
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.5)
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
               per_device_eval_batch_size=32, report_to="none", disable_tqdm=True, log_level_replica="error",
@@ -169,13 +169,14 @@ def objects_of(answer: str) -> list[str]:
     return [name for part in parts for name in re.split(" (?:in|on|containing|and) ", part) if name]
 
 
-def renamed(text: str, answer: str, words: list[str], chance: random.Random) -> tuple[str, str]:
-    """The example with another name for one object of its answer: one to three words, some with a letter or a digit.
+def renamed(text: str, answer: str, named: list[str], words: list[str], chance: random.Random) -> tuple[str, str]:
+    """The example with another name for one object: one to three words, some with a letter or a digit.
 
-    Only an object that the text names twice or more, in the task or the sub-goal and among what is seen, is renamed:
-    one that stands there once was chosen for what it is.
+    `named` are the objects of all answers of the episode: were only those of this answer renamed, a student would learn
+    that a strange name is what is to be said. One that the text names but once keeps its name: it stands among others,
+    and was chosen for what it is.
     """
-    names = [name for name in objects_of(answer) if len(whole(name).findall(text)) > 1]
+    names = [name for name in named if len(whole(name).findall(text)) > 1]
     if not names:
         return text, answer
     name = " ".join(chance.choices(words, k=chance.randint(1, 3)))
@@ -307,12 +308,12 @@ def question_tokens(tokenizer, texts: list[str], about: dict) -> list[list[int]]
     return [[*before, *row[:room], *between] for row in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def examples_of(tokenizer, texts: list[tuple[str, str]], about: dict, decoder: bool) -> list[dict]:
-    """(question, answer) texts as the Trainer takes them. A label stands where it is predicted; -100 is no label."""
-    questions = question_tokens(tokenizer, [question for question, _ in texts], about)
+def examples_of(tokenizer, texts: list[tuple], about: dict, decoder: bool) -> list[dict]:
+    """(question, answer, …) texts as the Trainer takes them. A label stands where it is predicted; -100 is no label."""
+    questions = question_tokens(tokenizer, [question for question, *_ in texts], about)
     end = about["frame"][2]
     room = about["max_target_length"] - len(end)
-    written = tokenizer([answer for _, answer in texts], add_special_tokens=False).input_ids
+    written = tokenizer([answer for _, answer, *_ in texts], add_special_tokens=False).input_ids
     answers = [row[:room] + end for row in written]
     if decoder:
         return [dict(input_ids=question + answer[:-1], labels=[-100] * (len(question) - 1) + answer)
@@ -369,7 +370,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     if training.device.type == "cpu":
         torch.set_float32_matmul_precision("medium")  # where a CPU multiplies in bf16, a fifth faster; else as it was
     transformers.set_seed(training.seed)
-    named = {word for _, answer in texts["train"] for name in objects_of(answer) for word in name.split()}
+    named = {word for *_, names in texts["train"] for name in names for word in name.split()}
     words = sorted(simulator_words() | {word for word in named if word.isalpha() and len(word) > 1})
     model, tokenizer = model_and_tokenizer(options, texts["train"], words)
     decoder = not model.config.is_encoder_decoder
@@ -390,12 +391,12 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
         score_on_dev(Path(training.output_dir), tokenizer, about, texts, trainer)
 
 
-def model_and_tokenizer(options: "Options", examples: list[tuple[str, str]], words: list[str]) -> tuple:
+def model_and_tokenizer(options: "Options", examples: list[tuple], words: list[str]) -> tuple:
     """A model from scratch, with a tokenizer of the examples' texts; or a pretrained one, with its own."""
     import torch
 
     if options.model in SIZES:
-        tokenizer = new_tokenizer([text for example in examples for text in example], words)
+        tokenizer = new_tokenizer([text for example in examples for text in example[:2]], words)
         return new_model(options.model, len(tokenizer)), tokenizer
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -411,19 +412,21 @@ def with_adapters(model, rank: int):
 
 
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
-    """(what student.json will say, {"train" and "dev": [(input text, answer)]}) of the data."""
+    """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names)]})."""
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
-    template = Path(options.template).read_text()
-    episodes = {"train": [], "dev": []}
-    for episode in read_data(options.data):
-        episodes[episode["split"]].append(episode)
+    template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
+    episodes = read_data(options.data)
+    for episode in episodes:
+        pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
+        named = sorted({name for _, answer in pairs for name in objects_of(answer)})
+        texts[episode["split"]] += [(*pair, named) for pair in pairs]
+    taught = [episode for episode in episodes if episode["split"] == "train"]
     about = dict(
-        role=role, **more, base=options.model, tasks=sorted({episode["task"] for episode in episodes["train"]}),
-        teacher=teacher_of(episodes["train"]), max_source_length=options.max_source_length,
+        role=role, **more, base=options.model, tasks=sorted({episode["task"] for episode in taught}),
+        teacher=teacher_of(taught), max_source_length=options.max_source_length,
         max_target_length=options.max_target_length, template=template)
-    return about, {split: [(render(template, state), answer) for episode in episodes[split]
-                           for state, answer in make_examples(episode)] for split in episodes}
+    return about, texts
 
 
 def read_data(paths: list[str]) -> list[Episode]:
@@ -458,7 +461,7 @@ class Examples:
     several processes, are given the examples that one is.
     """
 
-    def __init__(self, texts: list[tuple[str, str]], tokenise: Callable, words: list[str], rename: float, seed: int):
+    def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
         self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
         self.lengths = [len(example["input_ids"]) for example in tokenise(texts)]
 
@@ -558,10 +561,10 @@ def progress_callback(name: str, order: Order) -> "transformers.TrainerCallback"
 def score_on_dev(output: Path, tokenizer, about: dict, texts: dict, trainer):
     """Ask the finished model for its answers on dev, and make its folder a student's."""
     model = model_class(output).from_pretrained(output).to(trainer.args.device).eval()
-    given = answers(model, tokenizer, [text for text, _ in texts["dev"]], about, beams=1)
-    said = {answer for _, answer in texts["train"]}
-    right = [best == answer for (best,), (_, answer) in zip(given, texts["dev"], strict=True)]
-    new = [same for same, (_, answer) in zip(right, texts["dev"], strict=True) if answer not in said]
+    given = answers(model, tokenizer, [question for question, *_ in texts["dev"]], about, beams=1)
+    said = {answer for _, answer, _ in texts["train"]}
+    right = [best == answer for (best,), (_, answer, _) in zip(given, texts["dev"], strict=True)]
+    new = [same for same, (_, answer, _) in zip(right, texts["dev"], strict=True) if answer not in said]
     loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     about |= dict(dev_loss=loss, dev_exact_match=np.mean(right), dev_new_answers=len(new),
                   dev_new_exact_match=np.mean(new) if new else None)
@@ -603,7 +606,7 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.3)"})
+        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.5)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={

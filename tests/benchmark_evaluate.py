@@ -24,15 +24,7 @@ from conftest import descendants
 from rapidfuzz import fuzz, process
 
 from annotate import (
-    SIMPLIFICATIONS,
-    Episode,
-    Simulator,
-    collect_all,
-    cores,
-    in_threads,
-    positive,
-    resolve_tasks,
-    split_variations,
+    SIMPLIFICATIONS, Episode, Simulator, collect_all, cores, in_threads, positive, resolve_tasks, split_variations
 )
 from evaluate import Agent, Live, Student, ending, play
 from train_action import action_examples

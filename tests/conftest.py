@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # files run side by side, one a core; other threads would add up in another order
 
-from annotate import read_episodes  # noqa: E402
+from annotate import EXAMPLES, annotate_by_rules, read_episodes  # noqa: E402
 
 
 def command(script: str, *flags) -> list[str]:
@@ -81,11 +81,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="session")
-def experts(tmp_path_factory) -> list[dict]:
-    """One annotated expert trajectory of each of the 30 tasks, collected from the simulator."""
-    path = tmp_path_factory.mktemp("experts") / "all.jsonl"
-    run("annotate.py", "--tasks", "all", "--variations", 1, "--annotator", "rules", "--output", path)
-    return read_episodes(path)
+def experts() -> list[dict]:
+    """One expert trajectory of each of the 30 tasks, from the examples, with the rules' sub-goals."""
+    return list({episode["task"]: annotate_by_rules(episode) for episode in read_episodes(EXAMPLES)}.values())
 
 
 @pytest.fixture(scope="session")

@@ -14,22 +14,20 @@ import pytest
 from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 
 from annotate import (
-    EPISODE_FIELDS,
-    EXAMPLES,
-    STEP_FIELDS,
-    EpisodeFile,
-    JsonLines,
-    Simulator,
-    SimulatorDied,
-    agreement,
-    annotate_by_examples,
-    annotate_by_rules,
-    labels_of,
-    read_episodes,
-    resolve_tasks,
+    EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, JsonLines, Simulator, SimulatorDied, agreement,
+    annotate_by_examples, annotate_by_rules, labels_of, read_episodes, resolve_tasks
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> list[dict]:
+    """One annotated trajectory of each of the 30 tasks, collected from the simulator."""
+    path = tmp_path_factory.mktemp("experts") / "all.jsonl"
+    run("annotate.py", "--tasks", "all", "--variations", 1, "--annotator", "rules", "--output", path)
+    return read_episodes(path)
+
 
 
 def by_rules(*actions: str, room: str = "hallway") -> list[tuple[str, int]]:

@@ -20,14 +20,7 @@ from conftest import ROOT
 from openai_server import BEFORE_THE_ANSWER, MODEL, UNREADABLE, Server
 
 from annotate import (
-    EXAMPLES,
-    actions_of,
-    answer_for,
-    beside,
-    labels_from,
-    labels_of,
-    read_episodes,
-    worked_examples,
+    EXAMPLES, actions_of, answer_for, beside, labels_from, labels_of, read_episodes, worked_examples
 )
 
 KEY = "sk-tests-6f1c0ffee5ecre7"

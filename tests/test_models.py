@@ -1,0 +1,149 @@
+"""Students of any architecture, whole and by LoRA: small random models, by the real scripts."""
+
+import json
+
+import pytest
+from conftest import kill_when, run
+
+import train_subgoal
+from annotate import read_episodes
+from train_subgoal import PROMPTS, answers, examples_of, frame_of, model_class, new_tokenizer, question_tokens, render
+
+ARCHITECTURES = ["t5", "t5gemma", "llama", "qwen3", "gemma3"]
+CHAT = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (PROMPTS / "action_compact.jinja").read_text()
+
+
+@pytest.fixture(scope="module")
+def texts(data) -> list[tuple[str, str]]:
+    """(question, answer) of the executor."""
+    from train_action import action_examples
+
+    return [(render(TEMPLATE, state), answer) for episode in read_episodes(data)
+            for state, answer in action_examples(episode)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, texts) -> dict:
+    """A folder of each architecture: random weights, a small tokenizer, for Qwen a chat template, too."""
+    import torch
+    from transformers import (
+        Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+        T5GemmaConfig, T5GemmaForConditionalGeneration
+    )
+
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer([text for example in texts for text in example], [])
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32,
+                 num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    windows = dict(sliding_window=64, query_pre_attn_scalar=32)
+    kinds = ["sliding_attention", "full_attention"]
+    half = {**shape, **windows, "layer_types": kinds}
+    models = {
+        "t5": train_subgoal.new_model("nano", len(tokenizer)),
+        "t5gemma": T5GemmaForConditionalGeneration(T5GemmaConfig(
+            encoder=half, decoder=half, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1)),
+        "llama": LlamaForCausalLM(LlamaConfig(**shape)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**shape)),
+        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**shape, **windows, layer_types=kinds)),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in models.items():
+        tokenizer.chat_template = CHAT if name == "qwen3" else None
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in models}
+
+
+def loaded(folder) -> tuple:
+    """(model, tokenizer, what student.json would say) of a folder."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = model_class(folder).from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    frame = frame_of(tokenizer, not model.config.is_encoder_decoder)
+    return model, tokenizer, dict(frame=frame, max_source_length=256, max_target_length=20)
+
+
+def flags(model, data, output, *more) -> list:
+    return ["--data", data, "--model", model, "--template", PROMPTS / "action_compact.jinja", "--max_steps", 4,
+            "--eval_steps", 4, "--save_steps", 4, "--per_device_train_batch_size", 4, "--max_source_length", 256,
+            "--gradient_accumulation_steps", 1, "--output_dir", output, *more]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_students_train_on_any_architecture_and_play(tmp_path, folders, data, name):
+    run("train_subgoal.py", *flags(folders[name], data, tmp_path / "subgoal"))
+    run("train_action.py", *flags(folders[name], data, tmp_path / "action", "--lora", 4))
+    assert not list((tmp_path / "action").glob("adapter*")), "what LoRA leaves is an ordinary folder"
+    run("evaluate.py", "--tasks", "7-1", "--variations", 1, "--subgoal-model", tmp_path / "subgoal", "--action-model",
+        tmp_path / "action", "--beams", 2, "--output", tmp_path / "e.jsonl")
+    assert len(read_episodes(tmp_path / "e.jsonl")) == 1
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_is_of_the_answer_and_its_end_mark_alone(folders, texts, name):
+    model, tokenizer, about = loaded(folders[name])
+    decoder = not model.config.is_encoder_decoder
+    for text, answer in texts[:20]:
+        [example] = examples_of(tokenizer, [(text, answer)], about, decoder)
+        learned = [label for label in example["labels"] if label != -100]
+        assert tokenizer.decode(learned[:-1]).strip() == answer and learned[-1] == tokenizer.eos_token_id
+        if decoder:  # every label stands where the token before it is read
+            written = example["input_ids"][example["labels"].index(learned[0]) + 1 :]
+            assert written == learned[:-1]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_long_question_loses_its_end_and_not_what_frames_it(folders, name):
+    _, tokenizer, about = loaded(folders[name])
+    [short], [long] = (question_tokens(tokenizer, [text], about) for text in ("go", "go " * 1000))
+    before, between, _ = about["frame"]
+    assert len(long) == 256 and long[: len(before)] == before and long[len(long) - len(between) :] == between
+    assert short[: len(before)] == before and short[len(short) - len(between) :] == between
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_answer_does_not_depend_on_what_shares_its_batch(folders, texts, name):
+    model, tokenizer, about = loaded(folders[name])
+    questions = [text for text, _ in texts[:6]] + ["go"]
+    together = answers(model, tokenizer, questions, about, beams=1)
+    assert together == [answers(model, tokenizer, [question], about, beams=1)[0] for question in questions]
+
+
+def test_merged_adapters_answer_as_unmerged_ones(folders, texts):
+    import torch
+
+    model, tokenizer, about = loaded(folders["llama"])
+    model = train_subgoal.with_adapters(model, 4).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    questions = [text for text, _ in texts[:6]]
+    before = answers(model, tokenizer, questions, about, beams=2)
+    assert before == answers(model.merge_and_unload(), tokenizer, questions, about, beams=2)
+    assert before != answers(loaded(folders["llama"])[0], tokenizer, questions, about, beams=2)
+
+
+def test_a_killed_training_by_adapters_goes_on_to_the_same_weights(tmp_path, folders, data):
+    import torch
+    from safetensors.torch import load_file
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    more = ["--lora", 4, "--max_steps", 30, "--eval_steps", 5, "--save_steps", 5]
+    kill_when("train_action.py", *flags(folders["llama"], data, killed, *more),
+              ready=lambda: list(killed.glob("checkpoint-*/trainer_state.json")))
+    assert "going on from step" in run("train_action.py", *flags(folders["llama"], data, killed, *more)).stdout
+    run("train_action.py", *flags(folders["llama"], data, whole, *more))
+    one, other = (load_file(folder / "model.safetensors") for folder in (killed, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("config", [
+    dict(model_type="bert", architectures=["BertForMaskedLM"]),
+    dict(model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"]),
+])
+def test_a_model_that_does_not_write_text_after_text_is_refused_in_a_sentence(tmp_path, data, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused = run("train_subgoal.py", "--data", data, "--model", tmp_path, "--output_dir", tmp_path / "out", code=2)
+    assert "does not write text after text" in refused.stderr and refused.stderr.strip().count("\n") == 0
