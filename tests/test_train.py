@@ -1,6 +1,7 @@
 """Stages 2 and 3: what the students are shown, and training that learns and survives."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import train_subgoal
 from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
-from train_subgoal import UNTRAINED, Order, compact, new_model, render, subgoal_examples, trained_states
+from train_subgoal import (
+    UNTRAINED, Examples, Order, compact, new_model, render, renamed, simulator_words, subgoal_examples, trained_states
+)
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
 
@@ -105,6 +108,59 @@ def test_a_model_from_scratch_starts_with_a_cross_attention_that_copies():
 
     attention = new_model("tiny", 100).decoder.block[0].layer[1].EncDecAttention
     assert torch.allclose(attention.o.weight @ attention.v.weight, torch.eye(128), atol=1e-5)
+
+
+def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_word_just_written():
+    """Untrained, it says of a text that it is to copy what follows with less surprise than without those heads."""
+    import torch
+
+    torch.manual_seed(0)
+    text = torch.randperm(900)[:120].reshape(2, 60) + 10
+    losses = []
+    for kept in (True, False):
+        model = new_model("tiny", 1000).eval()
+        if not kept:
+            for block in model.decoder.block:
+                torch.nn.init.normal_(block.layer[1].EncDecAttention.q.weight, std=0.02)
+        with torch.no_grad():
+            losses.append(model(input_ids=text, labels=text).loss.item())
+    assert losses[0] < losses[1] - 0.5, losses
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_of_the_simulators_objects_is_one_token(students):
+    from transformers import AutoTokenizer
+
+    words, tokenizer = simulator_words(), AutoTokenizer.from_pretrained(students["action"])
+    assert {"metal", "fork", "thermometer"} <= words and len(words) > 150
+    assert [word for word in words if len(tokenizer.tokenize(word)) > 1] == []
+
+
+def test_a_renamed_object_has_one_new_name_wherever_it_stands():
+    text, answer = "subgoal: move(red box, table) | sees: red box , red boxes , table , table", "move red box to table"
+    seen = {renamed(text, answer, ["red box"], ["wire", "wood"], random.Random(seed)) for seed in range(20)}
+    assert len(seen) > 5
+    for question, wanted in seen:
+        name = wanted.removeprefix("move ").removesuffix(" to table")
+        assert question == f"subgoal: move({name}, table) | sees: {name} , red boxes , table , table"
+
+
+def test_an_object_that_stands_once_in_the_text_keeps_its_name():
+    example = ("sees: egg , stone", "pick up egg")
+    assert renamed(*example, ["egg"], ["wire"], random.Random(0)) == example
+
+
+def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
+    texts = [("do: egg | sees: egg", "pick up egg", ["egg"])] * 50
+
+    def epoch(number: int, seed: int = 0) -> list:
+        examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
+        return [examples[number, i]["input_ids"][1] for i in range(50)]
+
+    assert epoch(0) == epoch(0) and epoch(0) != epoch(1) and epoch(0) != epoch(0, seed=1)
+    assert 10 < sum(answer == "pick up egg" for answer in epoch(0)) < 40
 
 
 # ---- The order of examples -------------------------------------------------------------------------------------------
