@@ -57,7 +57,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.5)
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3)
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
               per_device_eval_batch_size=32, report_to="none", disable_tqdm=True, log_level_replica="error",
@@ -606,7 +606,7 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.5)"})
+        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.3)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={
@@ -647,7 +647,7 @@ def has_bf16() -> bool:
 
 
 def main():
-    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=4)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=7)
     options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 
