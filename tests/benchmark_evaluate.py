@@ -132,7 +132,7 @@ def against_the_reference(args, wanted: list[tuple[str, int]]):
 
     experts, moves = Experts(experts_of(wanted, args.split)), {}
     for workers in dict.fromkeys([1, cores()]):
-        name = f"simulators alone, {workers} of {cores()} cores"
+        name = f"simulators alone, {workers} of them"
         _, moves[workers] = measure(name, in_threads(workers, partial(play, experts, iter(wanted), LIVE)))
     print(f"ratio: {moves[cores()] / moves[1]:.2f} in moves a minute")
 
