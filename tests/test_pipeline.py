@@ -46,7 +46,7 @@ def test_a_second_make_all_makes_nothing_but_the_report(finished):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("number, script", enumerate(STAGES))
+@pytest.mark.parametrize("number, script", list(enumerate(STAGES)))
 def test_a_changed_script_reruns_its_stage_and_what_follows(finished, number, script):
     path = ROOT / f"{script}.py"
     before = path.stat()

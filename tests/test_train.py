@@ -272,7 +272,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, alone, sharing):
     done = by_two_processes(EXECUTOR, *flags, tmp_path / "two", *sharing)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("10 steps") == 1, "one process speaks for all"
-    assert_close(losses(folder), losses(tmp_path / "two"), by=1e-3)
+    assert_close(losses(folder), losses(tmp_path / "two"), by=1e-2)
     assert_close(losses(folder, "eval_loss"), losses(tmp_path / "two", "eval_loss"), by=0.1)
     assert about(folder).keys() == about(tmp_path / "two").keys()
 
@@ -281,7 +281,7 @@ def test_accumulated_batches_count_as_one_large_batch(tmp_path, alone):
     folder, flags = alone
     large = ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1]
     run(EXECUTOR, *flags, tmp_path / "large", *large)
-    assert_close(losses(folder), losses(tmp_path / "large"), by=1e-3)
+    assert_close(losses(folder), losses(tmp_path / "large"), by=1e-2)
 
 
 def test_a_run_killed_after_its_last_step_is_not_trained_on(tmp_path, alone):
