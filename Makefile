@@ -58,7 +58,10 @@ else ifeq ($(PRESET),modern)
   SIZES          ?= HuggingFaceTB/SmolLM2-135M HuggingFaceTB/SmolLM2-360M
 else ifeq ($(PRESET),scratch)
   TRAIN_SETS     ?= $(THINNED)
+  ANNOTATOR      ?= rules
   MODEL          ?= tiny
+  SUBGOAL_FLAGS  ?= --per_task 2500 --num_train_epochs 6
+  ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
   SIZES          ?= nano small
 else ifeq ($(PRESET),smoke)
   TASKS          ?= 4-2,7-1

@@ -34,6 +34,7 @@ from pathlib import Path
 import huggingface_hub
 import jinja2
 import numpy as np
+import pandas as pd
 import scienceworld
 import transformers  # loads its parts, and PyTorch, only when they are used
 
@@ -57,7 +58,8 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3)
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3,
+               load_best_model_at_end=False)  # the last answers best, though its loss is not the lowest
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
               per_device_eval_batch_size=32, report_to="none", disable_tqdm=True, log_level_replica="error",
@@ -77,8 +79,10 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
     step         number of the step to take, 1 …   subgoal    the sub-goal of the step before, or None
     score        percent so far                    history    last ten steps: action, reward, observation
     look, inventory, room                          visited    rooms seen so far, in order of the first visit
+    changed      whether the step before changed   lasted     steps that were taken towards `subgoal`, without a break
+                 look or inventory
     """
-    subgoals = [name for name, _ in groupby(step["subgoal"] for step in steps)]
+    subgoals = [(name, len(list(group))) for name, group in groupby(step["subgoal"] for step in steps)]
     scores = [0] + [step["score"] for step in steps]
     history = [
         {"action": step["action"], "observation": step["observation"], "reward": after - before}
@@ -89,8 +93,10 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
         "description": description,
         "step": len(steps) + 1,
         "score": scores[-1],
-        "completed": subgoals[:-1],
-        "subgoal": subgoals[-1] if subgoals else None,
+        "completed": [name for name, _ in subgoals[:-1]],
+        "subgoal": subgoals[-1][0] if subgoals else None,
+        "lasted": subgoals[-1][1] if subgoals else 0,
+        "changed": not steps or (steps[-1]["look"], steps[-1]["inventory"]) != (look, inventory),
         "history": history[-HISTORY:],
         "look": look,
         "inventory": inventory,
@@ -235,6 +241,7 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
 
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=vocabulary, decoder_start_token_id=0, dropout_rate=0.0, **SIZES[size]))
+    model.set_attn_implementation("eager")  # for so small a model faster than PyTorch's fused attention
     width = model.config.d_kv  # of a head
     first = model.encoder.block[0].layer[0].SelfAttention
     first.relative_attention_bias.weight.data[1, 0] = 10  # at distance -1, for the first head
@@ -370,7 +377,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     if training.device.type == "cpu":
         torch.set_float32_matmul_precision("medium")  # where a CPU multiplies in bf16, a fifth faster; else as it was
     transformers.set_seed(training.seed)
-    named = {word for *_, names in texts["train"] for name in names for word in name.split()}
+    named = {word for _, _, names, _ in texts["train"] for name in names for word in name.split()}
     words = sorted(simulator_words() | {word for word in named if word.isalpha() and len(word) > 1})
     model, tokenizer = model_and_tokenizer(options, texts["train"], words)
     decoder = not model.config.is_encoder_decoder
@@ -380,7 +387,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
     if options.lora:
         model = with_adapters(model, options.lora)
-    trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]))
+    trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]), options.per_task)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     if options.lora:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(training.output_dir)
@@ -412,7 +419,7 @@ def with_adapters(model, rank: int):
 
 
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
-    """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names)]})."""
+    """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, task)]})."""
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
@@ -420,7 +427,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         named = sorted({name for _, answer in pairs for name in objects_of(answer)})
-        texts[episode["split"]] += [(*pair, named) for pair in pairs]
+        texts[episode["split"]] += [(*pair, named, episode["task"]) for pair in pairs]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     about = dict(
         role=role, **more, base=options.model, tasks=sorted({episode["task"] for episode in taught}),
@@ -472,24 +479,28 @@ class Examples:
         epoch, i = index
         chance, example = random.Random(f"{self.seed} {epoch} {i}"), self.texts[i]
         if chance.random() < self.rename:
-            example = renamed(*example, self.words, chance)
+            example = renamed(*example[:3], self.words, chance)
         return self.tokenise([example])[0]
 
 
 class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
-    So little is padded. It follows from seed and epoch alone, as `Examples` does.
+    So little is padded. An epoch takes at most `per_task` examples of a task, other ones each time. The order follows
+    from seed and epoch alone, as `Examples` does.
     """
 
-    def __init__(self, lengths: list[int], update: int, seed: int):
+    def __init__(self, lengths: list[int], tasks: list[str], per_task: int | None, update: int, seed: int):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
-        self.update, self.seed = update, seed
+        self.tasks, self.per_task, self.update, self.seed = pd.Series(tasks), per_task, update, seed
+        self.size = int(self.tasks.value_counts().clip(upper=per_task).sum())
         self.epoch, self.over = 0, False
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
+        if self.per_task:
+            order = order[self.tasks[order].groupby(self.tasks).cumcount().to_numpy() < self.per_task]
         order = order[np.argsort(self.lengths[order], kind="stable")]
         order = np.resize(order, len(self))  # the last update is filled up
         *others, longest = order.reshape(-1, self.update)  # the longest first: too little memory shows at once
@@ -497,7 +508,7 @@ class Order:
         return ((self.epoch, int(i)) for i in order)
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.update) * self.update
+        return -(-self.size // self.update) * self.update
 
 
 def token_loss(outputs, labels, num_items_in_batch=None):
@@ -511,12 +522,14 @@ def token_loss(outputs, labels, num_items_in_batch=None):
     return loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def make_trainer(model, tokenizer, training, train: Examples, dev: list[dict]) -> "transformers.Trainer":
+def make_trainer(
+    model, tokenizer, training, train: Examples, dev: list[dict], per_task: int | None
+) -> "transformers.Trainer":
     """Hugging Face's Trainer, with our loss, our order of the examples, and a line where it would print a record."""
     from torch.utils.data import DataLoader
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    order = Order(train.lengths, update, training.seed)
+    order = Order(train.lengths, [task for *_, task in train.texts], per_task, update, training.seed)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
     trainer = transformers.Trainer(
@@ -562,10 +575,11 @@ def score_on_dev(output: Path, tokenizer, about: dict, texts: dict, trainer):
     """Ask the finished model for its answers on dev, and make its folder a student's."""
     model = model_class(output).from_pretrained(output).to(trainer.args.device).eval()
     given = answers(model, tokenizer, [question for question, *_ in texts["dev"]], about, beams=1)
-    said = {answer for _, answer, _ in texts["train"]}
-    right = [best == answer for (best,), (_, answer, _) in zip(given, texts["dev"], strict=True)]
-    new = [same for same, (_, answer, _) in zip(right, texts["dev"], strict=True) if answer not in said]
-    loss = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    said = {answer for _, answer, *_ in texts["train"]}
+    right = [best == answer for (best,), (_, answer, *_) in zip(given, texts["dev"], strict=True)]
+    new = [same for same, (_, answer, *_) in zip(right, texts["dev"], strict=True) if answer not in said]
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    loss = min(losses) if trainer.args.load_best_model_at_end else losses[-1]
     about |= dict(dev_loss=loss, dev_exact_match=np.mean(right), dev_new_answers=len(new),
                   dev_new_exact_match=np.mean(new) if new else None)
     (output / ABOUT).write_text(json.dumps(about, indent=1))
@@ -582,7 +596,7 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
     return {**about, "teacher": None, "template": digest(about["template"]), "examples": digest(texts),
-            "rename": options.rename, "lora": options.lora, **settings}
+            "rename": options.rename, "per_task": options.per_task, "lora": options.lora, **settings}
 
 
 def last_checkpoint(output: Path, command: dict) -> Path | None:
@@ -607,6 +621,8 @@ class Options:
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
         "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.3)"})
+    per_task: int | None = field(default=None, metadata={
+        "help": "examples of a task in an epoch, at most, so that long tasks do not fill it (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={
