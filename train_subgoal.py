@@ -490,9 +490,10 @@ class Order:
     from seed and epoch alone, as `Examples` does.
     """
 
-    def __init__(self, lengths: list[int], tasks: list[str], per_task: int | None, update: int, seed: int):
+    def __init__(self, lengths: list[int], update: int, seed: int, tasks: list[str] = (), per_task: int | None = None):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
-        self.tasks, self.per_task, self.update, self.seed = pd.Series(tasks), per_task, update, seed
+        self.update, self.seed, self.per_task = update, seed, per_task
+        self.tasks = pd.Series(tasks or [""] * len(lengths))
         self.size = int(self.tasks.value_counts().clip(upper=per_task).sum())
         self.epoch, self.over = 0, False
 
@@ -529,7 +530,7 @@ def make_trainer(
     from torch.utils.data import DataLoader
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    order = Order(train.lengths, [task for *_, task in train.texts], per_task, update, training.seed)
+    order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
     trainer = transformers.Trainer(

@@ -153,7 +153,7 @@ def test_an_object_that_stands_once_in_the_text_keeps_its_name():
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
-    texts = [("do: egg | sees: egg", "pick up egg", ["egg"])] * 50
+    texts = [("do: egg | sees: egg", "pick up egg", ["egg"], "eggs")] * 50
 
     def epoch(number: int, seed: int = 0) -> list:
         examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
@@ -185,6 +185,20 @@ def test_an_epoch_has_every_example_and_updates_of_one_length():
 def test_fewer_examples_than_an_update_has_fill_one(examples):
     epoch = epoch_of(np.full(examples, 9), 0)
     assert len(epoch) == 32 and set(epoch) == set(range(examples))
+
+
+def test_an_epoch_takes_its_share_of_a_long_task_and_all_of_a_short_one():
+    tasks = ["long"] * 900 + ["short"] * 60
+
+    def epoch(number: int) -> list[int]:
+        order = Order(np.full(960, 9), 8, 0, tasks, per_task=100)
+        order.epoch = number
+        assert len(order) == 160
+        return [example for _, example in order]
+
+    first, second = set(epoch(0)), set(epoch(1))
+    assert len(first) == len(second) == 160 and first & second >= set(range(900, 960))
+    assert len(first & second) < 60 + 50, "each epoch takes other ones of the long task"
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
