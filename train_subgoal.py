@@ -470,7 +470,7 @@ class Examples:
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
         self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
-        self.lengths = [len(example["input_ids"]) for example in tokenise(texts)]
+        self.lengths = [len(tokenise([text])[0]["input_ids"]) for text in texts]  # all at once would fill gigabytes
 
     def __len__(self) -> int:
         return len(self.texts)
