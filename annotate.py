@@ -10,7 +10,6 @@ keeps the state before and the outcome after every action, and names the sub-goa
             with an LLM also, beside OUTPUT.jsonl:
             OUTPUT.trajectories.jsonl  what the simulator gave, before anyone is asked about it
             OUTPUT.responses.jsonl     every raw response with its usage, before anyone reads it
-            OUTPUT.failures.jsonl      responses of the last run that name no sub-goals, and why
 
     python annotate.py --tasks 4,7-1 --split train --output train.jsonl
     python annotate.py --tasks 4,7-1 --split train --annotator rules --output train.jsonl
@@ -38,7 +37,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import chain, groupby
@@ -374,7 +373,7 @@ def room_of(look: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Alignment: one dynamic program, for an answer and the expert's actions, and for one trajectory and another.
+# One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same.
 
 
 def align(rows: int, columns: int, gain: Callable[[int, int], float]) -> list[tuple[int, bool]]:
@@ -401,9 +400,6 @@ def align(rows: int, columns: int, gain: Callable[[int, int], float]) -> list[tu
             aligned.append((row, True))
     return aligned[::-1]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same.
 
 VERB = re.compile(r"((?:open|close) door to|go to|pick up|put down|focus on|look (?:around|at|in)|[a-z]+)\d* ?(.*)")
 JOINTS = {"move": " to ", "connect": " to ", "pour": " into | in ", "use": " on "}
@@ -540,17 +536,6 @@ def schema_for(actions: list[str]) -> dict:
             "required": names, "additionalProperties": False}
 
 
-def labels_from(answer: str, actions: list[str]) -> list[str]:
-    """The sub-goal of each action; ValueError where the answer does not have the form."""
-    named = json.loads(answer)
-    if not isinstance(named, dict) or named.keys() != set(numbered(actions)):
-        raise ValueError("it does not name the actions")
-    labels = [named[name] for name in numbered(actions)]
-    if not all(isinstance(label, str) and re.search(SUBGOAL, label) for label in labels):
-        raise ValueError("it does not name sub-goals")
-    return labels
-
-
 def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
     """Two examples: boiling water, and one of the episode's own task type; never the episode itself.
 
@@ -595,13 +580,11 @@ class Teacher:
         self.undone: list[str] = []  # trajectories without an answer, and why
         self.check()
         self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
-        beside(args.output, ".failures.jsonl").unlink(missing_ok=True)
-        self.failures = JsonLines(beside(args.output, ".failures.jsonl"))
         self.answers = defaultdict(list)  # what was asked, as a digest: the records of the responses
         for record in self.responses.records:
             self.answers[record["asked"]].append(record)
         self.spent = sum(record["dollars"] or 0 for record in self.responses.records)
-        self.good = 0  # answers of this run that could be read
+        self.read = Counter()  # answers of this run, by whether they could be read
 
     def annotate(self, episode: Episode) -> Episode | None:
         """The episode with the LLM's sub-goals; None if there is no answer. Only what was never answered is asked.
@@ -618,10 +601,12 @@ class Teacher:
         labels = next((labels for record in known if (labels := read_response(record["response"], actions)[0])), None)
         if not labels and (record := self.ask(episode, request)):
             labels, reason = read_response(record["response"], actions)
-            if labels:
-                self.good += 1
-            else:
-                self.refuse(record, reason)
+            self.read[bool(labels)] += 1
+            if not labels:
+                self.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
+            if self.read[False] >= HOPELESS and not self.read[True]:
+                self.halt(f"stopped, as none of {HOPELESS} answers could be read: {reason}. They are in "
+                          f"{self.responses.path}.", 1)
         return labelled(episode, labels, answer="asked", usage=bill(known)) if labels else None
 
     def ask(self, episode: Episode, request: dict) -> dict | None:
@@ -655,16 +640,6 @@ class Teacher:
             self.answers[record["asked"]].append(record)
             self.spent += record["dollars"] or 0
         return record
-
-    def refuse(self, record: dict, reason: str):
-        """List a response that names no sub-goals; a server that gives no others is asked no more."""
-        with self.lock:
-            self.failures.append({"task": record["task"], "variation": record["variation"], "reason": reason,
-                                  "response": record["response"]})
-        self.undone.append(f"{record['task']} {record['variation']}: {reason}")
-        if not self.good and len(self.failures.records) >= HOPELESS:
-            self.halt(f"stopped, as none of {HOPELESS} answers could be read: {reason}. They are in "
-                      f"{self.failures.path}.", 1)
 
     def annotate_all(self, arriving: Iterable[Episode], deliver: Callable[[Episode], None]):
         """Ask about trajectories as they arrive, `--concurrency` at a time; deliver each as its answer comes."""
@@ -737,15 +712,19 @@ def give_up_without_quota(response):
 
 def read_response(response: dict | str, actions: list[str]) -> tuple[list[str] | None, str]:
     """The sub-goal of each action from a raw chat completion; else None, and what is wrong with it."""
+    choice = {}
     try:
         choice = response["choices"][0]
-        return labels_from(choice["message"]["content"] or "", actions), ""
-    except (KeyError, IndexError, TypeError):
-        return None, "the response is no chat completion"
-    except ValueError:
-        if choice.get("finish_reason") == "length":
-            return None, "the answer was cut off (--answer-tokens gives more room)"
-        return None, "the answer has not the form asked for (does the server heed response_format, a JSON schema?)"
+        named = json.loads(choice["message"]["content"])
+        labels = [named[name] for name in numbered(actions)]
+        if len(named) == len(actions) and all(re.search(SUBGOAL, label) for label in labels):
+            return labels, ""
+    except (KeyError, IndexError, TypeError, ValueError):
+        if "message" not in choice:
+            return None, "the response is no chat completion"
+    if choice.get("finish_reason") == "length":
+        return None, "the answer was cut off (--answer-tokens gives more room)"
+    return None, "the answer has not the form asked for (does the server heed response_format, a JSON schema?)"
 
 
 def dollars(price: tuple[float, float], usage: dict) -> float:
@@ -790,42 +769,43 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
     return {name: total / len(pairs) for name, total in totals.items()}
 
 
-def report_agreement(examples: list[Episode]):
-    """Print how far the embedded annotators are from the hand-written examples."""
-    rows = {f"rules, all {len(examples)}": [(labels_of(annotate_by_rules(e)), labels_of(e)) for e in examples]}
+def report_agreement(annotated: list[Episode], examples: list[Episode]):
+    """Print how far annotated trajectories of the hand-written examples are from them, and the embedded annotators."""
+    by_hand = {(e["task"], e["variation"], *actions_of(e)): e for e in examples}
     siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
-    if paired := [(e, others) for e, others in siblings if others]:
-        names = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
-        carried = [(annotate_by_examples(others, e), e) for e, others in paired]
-        fit = sum(mine["answer"] == "carried over" for mine, _ in carried)
-        rows[f"rules, {names}"] = [(labels_of(annotate_by_rules(e)), labels_of(e)) for e, _ in paired]
-        rows[f"examples, each held out ({fit} fit)"] = [(labels_of(mine), labels_of(e)) for mine, e in carried]
+    paired = [(e, others) for e, others in siblings if others]
+    of_two = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
+    rows = {
+        "of these files": [(e, by_hand.get((e["task"], e["variation"], *actions_of(e)))) for e in annotated
+                           if e.get("annotator") != "hand"],
+        "rules": [(annotate_by_rules(e), e) for e in examples],
+        f"rules, {of_two}": [(annotate_by_rules(e), e) for e, _ in paired],
+        "examples, each held out": [(annotate_by_examples(others, e), e) for e, others in paired]}
     print(f"Agreement with the {len(examples)} hand-written examples, mean over examples:")
     for name, pairs in rows.items():
-        print(f"  {name:<42}" + "  ".join(f"{kind} {value:.2f}" for kind, value in agreement(pairs).items()))
+        if known := [(labels_of(mine), labels_of(gold)) for mine, gold in pairs if gold]:
+            figures = "  ".join(f"{kind} {value:.2f}" for kind, value in agreement(known).items())
+            print(f"  {f'{name} ({len(known)})':<42}{figures}")
 
 
-def report(paths: list[str], examples: list[Episode]):
-    """Print what annotated files hold, what they cost, and how far the embedded annotators are from the hand's."""
-    for path in paths:
-        episodes = read_episodes(path)
-        names = [name for episode in episodes for name, _ in groupby(labels_of(episode))]
-        steps = sum(len(episode["steps"]) for episode in episodes)
-        annotators = sorted({episode.get("annotator", "nobody") for episode in episodes})
-        print(f"{path}: {len(episodes):,} trajectories of {len({e['task'] for e in episodes})} tasks, annotated by "
-              f"{', '.join(annotators)}: {steps:,} actions in {len(names):,} sub-goals, {steps / len(names):.1f} each.")
-        functions = Counter(str(name).partition("(")[0] for name in names)
-        print("  functions: " + ", ".join(f"{function} {count:,}" for function, count in functions.most_common()))
-        kinds = Counter(episode["answer"] for episode in episodes if "answer" in episode)
-        kinds["failed"] = len(whole_records(beside(path, ".failures.jsonl")))
-        told = [f"{kind} {count:,} ({count / kinds.total():.0%})" for kind, count in kinds.most_common() if count]
-        print("  sub-goals: " + ", ".join(told) if told else "", end="\n" if told else "")
-        if responses := whole_records(beside(path, ".responses.jsonl")):
-            spent = bill(responses)
-            cost = "" if spent["dollars"] is None else f", ${spent['dollars']:.4f}"
-            print(f"  the LLM: {spent['calls']:,} calls, {spent['prompt_tokens']:,} tokens read, "
-                  f"{spent['completion_tokens']:,} written{cost}")
-    report_agreement(examples)
+def describe(path: str):
+    """Print what an annotated file holds, and what it cost."""
+    episodes = read_episodes(path)
+    names = [name for episode in episodes for name, _ in groupby(labels_of(episode))]
+    steps = sum(len(episode["steps"]) for episode in episodes)
+    annotators = sorted({episode.get("annotator", "nobody") for episode in episodes})
+    print(f"{path}: {len(episodes):,} trajectories of {len({e['task'] for e in episodes})} tasks, annotated by "
+          f"{', '.join(annotators)}: {steps:,} actions in {len(names):,} sub-goals, {steps / len(names):.1f} each.")
+    functions = Counter(str(name).partition("(")[0] for name in names)
+    print("  functions: " + ", ".join(f"{function} {count:,}" for function, count in functions.most_common()))
+    kinds = Counter(episode["answer"] for episode in episodes if "answer" in episode)
+    told = [f"{kind} {count:,} ({count / kinds.total():.0%})" for kind, count in kinds.most_common()]
+    print("  sub-goals: " + ", ".join(told) if told else "", end="\n" if told else "")
+    if responses := whole_records(beside(path, ".responses.jsonl")):
+        spent = bill(responses)
+        cost = "" if spent["dollars"] is None else f", ${spent['dollars']:.4f}"
+        print(f"  the LLM: {spent['calls']:,} calls, {spent['prompt_tokens']:,} tokens read, "
+              f"{spent['completion_tokens']:,} written{cost}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1183,12 +1163,11 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
     for reason in undone[:20]:
         print(f"not annotated: {reason}")
     if output.done:
-        report([args.output], examples)
+        describe(args.output)
     if teacher and teacher.halted:
         stop(*teacher.halted)
     if undone:
-        told = f" Unreadable responses are in {teacher.failures.path}." if teacher and teacher.failures.records else ""
-        stop(f"{len(undone)} trajectories are not annotated.{told} The same command tries them again.", 1)
+        stop(f"{len(undone)} trajectories are not annotated. The same command tries them again.", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1275,7 +1254,9 @@ def main():
     args = parse_args()
     examples = read_episodes(args.examples)
     if args.report:
-        report(args.report, examples)
+        for path in args.report:
+            describe(path)
+        report_agreement([episode for path in args.report for episode in read_episodes(path)], examples)
         return
     tasks = resolve_tasks(args.tasks)
     known = read_input(args, tasks) if args.input else {}

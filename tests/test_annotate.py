@@ -13,9 +13,10 @@ from statistics import mean
 import pytest
 from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 
+import annotate
 from annotate import (
     EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, JsonLines, Simulator, SimulatorDied, agreement,
-    annotate_by_examples, annotate_by_rules, labels_of, read_episodes, resolve_tasks
+    annotate_by_examples, annotate_by_rules, collect_all, labels_of, read_episodes, resolve_tasks
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
@@ -106,6 +107,20 @@ def test_the_embedded_annotators_agree_with_the_hand_as_the_readme_says():
     carried = agreement([(labels_of(annotate_by_examples(of, e)), labels_of(e)) for e, of in siblings if of])
     assert (round(rules["F1"], 3), round(rules["same sub-goal"], 3)) == (0.965, 0.621)
     assert (round(carried["F1"], 3), round(carried["same sub-goal"], 3)) == (0.974, 0.842)
+
+
+def test_the_report_says_how_far_files_are_from_the_hand(tmp_path):
+    run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", tmp_path / "mine.jsonl")
+    text = run("annotate.py", "--report", tmp_path / "mine.jsonl").stdout
+    mine, rules = (re.search(rf"{name} \(47\) +(precision.*)", text)[1] for name in ("of these files", "rules"))
+    assert mine == rules
+
+
+def test_a_path_that_falls_short_is_played_in_another_load(monkeypatch):
+    scores = iter([87, 100])
+    monkeypatch.setattr(annotate, "collect", lambda *_: {"score": next(scores)})
+    monkeypatch.setattr(Simulator, "game", lambda _: object())
+    assert list(collect_all([("freeze", 11)], "train", workers=1)) == [("freeze", 11, {"score": 100})]
 
 
 def test_agreement_counts_boundaries_and_names():
