@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
+from typing import NotRequired
 
 import jinja2
 import numpy as np
@@ -96,6 +97,7 @@ class Played(Episode):
     models: str  # a digest of its students' weights and templates: another one is another trained copy of the agent
     parameters: dict[str, int]  # of the models: {"planner": …, "executor": …}
     seen: bool  # whether its models were trained on other variations of this task
+    expert_moves: NotRequired[float | None]  # that the experts of those took, in the mean
     teacher: dict  # what naming the sub-goals that they learned from cost: see `teacher_of` in stage 2
     ended: str  # a key of ENDINGS; died: the simulator, see the last observation
     invalid: list[int]  # places in `steps` whose first choice was refused
@@ -401,8 +403,8 @@ def gather(files: list[str]) -> pd.DataFrame:
     """The table of episodes, a row each; ends the program for files that do not go together.
 
     agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, solved, moves,
-    parameters (planner's, executor's, together), ENDS, SIGNS as shares
-    of the steps, and `episode`, the whole record with its diagnosis.
+    expert_moves, parameters (planner's, executor's, together), ENDS, SIGNS as shares of the steps, and `episode`, the
+    whole record with its diagnosis.
     """
     rows, places, protocols = [], {}, set()
     for path in files:
@@ -432,6 +434,7 @@ def row_of(episode: Played) -> dict:
     told = {name: episode[name] for name in ("agent", "models", "variation", "subgoals", "seen", "score")}
     return told | {
         "task": next(task for task in TASKS if task.endswith(f" {episode['task']}")), "moves": steps,
+        "expert_moves": episode.get("expert_moves") or math.nan,
         "planner": sizes.get("planner", math.nan), "executor": sizes["executor"], "parameters": sum(sizes.values()),
         "episode": episode | {"diagnosis": found},
         **{end: found["ending"] == end for end in ENDS}, **{sign: len(found[sign]) / steps for sign in SIGNS}}
@@ -604,6 +607,17 @@ def over_moves(episodes: pd.DataFrame) -> Section:
     return Section("Score over moves", {}, plots=[plot("Mean score after so many moves", 3.2, draw)])
 
 
+def by_length(episodes: pd.DataFrame) -> Section | None:
+    """Tasks by the mean length of their experts' paths in the train set; None if all are of one kind."""
+    lengths = pd.cut(episodes["expert_moves"], [0, 20, 50, math.inf], labels=["up to 20", "20 to 50", "more than 50"])
+    if lengths.nunique() < 2:
+        return None
+    counts = groups(episodes, lengths)["task"].nunique()
+    table = by_agent(episodes.assign(moves_of_experts=lengths), "moves_of_experts")
+    table.insert(1, "tasks", [str(count) for count in counts])
+    return Section("Short and long tasks", {}, [("", table.rename(columns={"moves_of_experts": "expert's moves"}))])
+
+
 def seen_unseen(episodes: pd.DataFrame) -> Section | None:
     """Tasks whose other variations were trained on against new ones; None if all are of one kind."""
     if episodes["seen"].nunique() == 1:
@@ -726,7 +740,7 @@ def write_report(files: list[str], target: Path | None) -> str:
     sections = [overall(episodes), per_task(episodes)]
     if target is None:
         return markdown(sections)
-    made = [make(episodes) for make in (ablations, over_moves, seen_unseen, diagnosis, cost)]
+    made = [make(episodes) for make in (by_length, ablations, over_moves, seen_unseen, diagnosis, cost)]
     sections += [section for section in made if section]
     one = episodes["episode"].iloc[0]
     title = f"What the agents reached on {episodes['task'].nunique()} of {len(TASKS)} tasks"
@@ -965,7 +979,8 @@ def run(args: argparse.Namespace):
         **about, "beams": args.beams, "engine": args.engine, "data": drawn_from, "code": digest(*DECIDING)})
     todo = [pair for pair in wanted if pair not in output.done]
     if todo:
-        trained = set.intersection(*(set(student["tasks"]) for student in students.values()))
+        known_to_all = set.intersection(*(set(student["tasks"]) for student in students.values()))
+        trained = {task: moves for task, moves in students["executor"]["tasks"].items() if task in known_to_all}
         about |= dict(parameters={role: student["parameters"] for role, student in students.items()},
                       teacher=students.get("planner", students["executor"])["teacher"])
         play_all(args, agent, todo, output, trained, about)
@@ -975,7 +990,7 @@ def run(args: argparse.Namespace):
 DECIDING = (Agent, Live, play, move, makeshift, ending)
 
 
-def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: set, about: dict):
+def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: dict, about: dict):
     """Play episodes and append each to the output as it ends."""
     random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
     print(f"{about['agent']}: {len(todo)} episodes of {len({task for task, _ in todo})} tasks", file=sys.stderr)
@@ -988,7 +1003,8 @@ def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: Episode
             output.append(Played(
                 task=episode.task, variation=episode.variation, description=episode.description, steps=episode.steps,
                 score=scores[-1], ended=episode.ended, invalid=episode.invalid, repaired=episode.repaired,
-                seen=episode.task in trained, seconds=round(time.time() - episode.started, 1), **about))
+                seen=episode.task in trained, expert_moves=trained.get(episode.task),
+                seconds=round(time.time() - episode.started, 1), **about))
             progress.set_postfix(mean=f"{np.mean(scores):.1f}")
             progress.update()
     minutes = (time.time() - started) / 60

@@ -429,8 +429,9 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         named = sorted({name for _, answer in pairs for name in objects_of(answer)})
         texts[episode["split"]] += [(*pair, named, episode["task"]) for pair in pairs]
     taught = [episode for episode in episodes if episode["split"] == "train"]
+    lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, tasks=sorted({episode["task"] for episode in taught}),
+        role=role, **more, base=options.model, tasks={task: float(moves) for task, moves in lengths.items()},
         teacher=teacher_of(taught), max_source_length=options.max_source_length,
         max_target_length=options.max_target_length, template=template)
     return about, texts

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from conftest import ROOT
@@ -38,6 +39,14 @@ def test_make_all_ends_with_the_table_of_all_three_agents(finished):
     for row in ("hierarchical", r"flat \(no sub-goals\)", "random sub-goals", "7-1 lifespan-longest-lived"):
         assert re.search(rf"\| {row} +\|", table)
     assert not list(finished.glob("*.part"))
+
+
+def test_an_episode_knows_how_many_moves_its_tasks_experts_took(finished):
+    experts = {}
+    for episode in read_episodes(finished / "train.jsonl"):
+        experts.setdefault(episode["task"], []).append(len(episode["steps"]))
+    for episode in read_episodes(finished / "hierarchical.jsonl"):
+        assert episode["expert_moves"] == pytest.approx(mean(experts[episode["task"]]))
 
 
 def test_a_second_make_all_makes_nothing_but_the_report(finished):

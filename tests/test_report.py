@@ -147,6 +147,15 @@ def test_seen_and_unseen_tasks_are_told_apart_where_both_were_played(tmp_path):
     assert "nseen" not in report(tmp_path, [seen])
 
 
+def test_scores_are_laid_out_by_the_length_of_the_experts_paths(tmp_path):
+    lengths = {"melt": 87.0, "find-animal": 12.0, "use-thermometer": 20.0}
+    played = [episode(task, 1, score, expert_moves=lengths.get(task))
+              for task, score in [("melt", 40), ("find-animal", 100), ("use-thermometer", 80), ("boil", 0)]]
+    text = report(tmp_path, played)
+    assert "| up to 20 | 2 | 90.0 (90.0 to 90.0) |" in text and "| more than 50 | 1 | 40.0 (40.0 to 40.0) |" in text
+    assert "hort and long" not in report(tmp_path, played[1:])
+
+
 # ---- Diagnosis
 
 
