@@ -16,7 +16,8 @@ from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    UNTRAINED, Examples, Order, compact, new_model, render, renamed, simulator_words, subgoal_examples, trained_states
+    UNTRAINED, Examples, Order, compact, new_model, render, renamed, simulator_words, state_of, subgoal_examples,
+    trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -63,6 +64,16 @@ def test_the_planner_never_sees_the_subgoal_that_it_is_to_name(experts):
     for episode in experts:
         examples = list(subgoal_examples(episode))
         assert [state["subgoal"] for state, _ in examples] == [None, *(subgoal for _, subgoal in examples[:-1])]
+
+
+def test_a_small_planner_is_shown_all_that_it_has_done_and_whether_the_last_step_changed_anything():
+    names = ["find(pot)", "heat(pot, stove)", "find(pot)", "wait()", "wait()"]
+    steps = [dict(look=f"It is {hour}.", inventory="", subgoal=name, action="wait", observation="", score=0)
+             for hour, name in enumerate(names)]
+    text = render(template("subgoal_compact"), state_of("Boil.", steps, steps[-1]["look"], ""))
+    assert "done: heat(pot, stove) ; find(pot) 2 times ; | now: wait() for 2 steps |" in text
+    assert "nothing changed" in text
+    assert "nothing changed" not in render(template("subgoal_compact"), state_of("Boil.", steps, "It is 5.", ""))
 
 
 @pytest.mark.parametrize("name", ["action", "action_compact"])
