@@ -31,6 +31,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -83,6 +84,10 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
+# How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the experts'
+# actions 1% are a repetition, and no sub-goal takes more than 7 steps in one state, those apart that need patience.
+OFTEN = {"subgoal": 5, "action": 1}
+PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
@@ -120,8 +125,11 @@ class Agent:
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
         situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
-        planned = self.planner.answers(situations, self.beams) if self.planner else [[None]] * len(episodes)
-        subgoals = [self.subgoal(episode, best) for episode, (best,) in zip(episodes, planned, strict=True)]
+        planned = [[None]] * len(episodes)
+        if self.planner:
+            beams = self.planner.answers(situations, self.beams, best=self.beams)
+            planned = [episode.fresh_first(best, "subgoal") for episode, best in zip(episodes, beams, strict=True)]
+        subgoals = [self.subgoal(episode, best[0]) for episode, best in zip(episodes, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
         return subgoals, self.executor.answers(states, self.beams, best=self.beams)
 
@@ -194,6 +202,12 @@ class Live:
     def score(self) -> int:
         return self.steps[-1]["score"] if self.steps else 0
 
+    def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
+        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
+        here = Counter(step[kind] for step in self.steps
+                       if (step["look"], step["inventory"]) == (self.state["look"], self.state["inventory"]))
+        return sorted(candidates, key=lambda name: here[name] >= OFTEN[kind] and not PATIENT.match(name))
+
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
         self.state = game.state()
@@ -252,7 +266,8 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool:
     again and again: what was refused is remembered until something visible changes, and so are the valid actions, which
     take up to a second to list.
     """
-    for action in candidates:
+    ordered = episode.fresh_first(candidates, "action")
+    for action in ordered:
         focus = action.startswith("focus ") and action != candidates[0]
         if focus or action in episode.refused:
             continue
@@ -265,7 +280,7 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool:
         action = makeshift(candidates, episode.valid)
         observation, score, completed = episode.game.step(action)
         episode.repaired.append(len(episode.steps))
-    if action != candidates[0]:
+    if action != ordered[0]:
         episode.invalid.append(len(episode.steps))
     taken = [(action, observation, score)]
     if observation.startswith(AMBIGUOUS):
@@ -987,7 +1002,7 @@ def run(args: argparse.Namespace):
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, makeshift, ending)
+DECIDING = (Agent, Live, play, move, makeshift, ending, OFTEN, PATIENT.pattern)
 
 
 def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: dict, about: dict):

@@ -97,6 +97,32 @@ def test_what_was_refused_is_not_tried_again_until_something_visible_changes(sim
     assert tried[-3:] == ["fly", "swim", "look around"] and len(listed) == 2
 
 
+def test_what_was_done_in_the_very_same_state_goes_behind_the_other_beams_but_not_patience(simulator):
+    episode = begun(simulator, *FIND_PLANT)
+    for _ in range(2):
+        move(episode, None, ["open door to kitchen", "go to kitchen"])
+    assert taken(episode) == ["open door to kitchen", "go to kitchen"], "the door was open already"
+    for _ in range(3):
+        move(episode, None, ["wait", "go to hallway"])
+    assert taken(episode)[2:] == ["wait"] * 3 and episode.invalid == []
+
+
+def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
+    class Beams:
+        def __init__(self, *answers):
+            self.best = list(answers)
+
+        def answers(self, states, beams, best=1):
+            return [self.best[:best]] * len(states)
+
+    for beams, often in ((["find(orange)", "navigate_to(kitchen)"], 5), (["wait()", "navigate_to(kitchen)"], 9)):
+        agent, episode = Agent(Beams("look around"), Beams(*beams), "model", [], beams=2), begun(simulator, *FIND_PLANT)
+        for _ in range(9):
+            (subgoal,), (candidates,) = agent.choose([episode])
+            move(episode, subgoal, candidates)
+        assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
+
+
 def test_a_makeshift_is_the_nearest_valid_action_with_a_candidates_verb(simulator):
     episode = begun(simulator, *FIND_PLANT)
     move(episode, None, ["fly", "go to kitchn"])
