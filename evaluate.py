@@ -592,7 +592,8 @@ def check_student(folder: str | Path, role: str) -> dict:
 class Student:
     """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on.
 
-    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike.
+    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike; by default
+    the latter where there is no GPU.
     """
 
     def __init__(self, folder: str | Path, role: str, engine: str | None = None):
@@ -791,9 +792,8 @@ def run(args: argparse.Namespace):
 def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: dict, about: dict):
     """Play episodes and append each to the output as it ends."""
     random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
-    print(f"{about['agent']}: {len(todo)} episodes of {len({task for task, _ in todo})} tasks", file=sys.stderr)
     workers, scores, waiting = min(args.workers, len(todo)), [], iter(todo)
-    with tqdm(total=len(todo), desc="episodes", unit="", dynamic_ncols=True) as progress:
+    with tqdm(total=len(todo), desc=about["agent"], unit=" episodes", dynamic_ncols=True) as progress:
         for episode in in_threads(workers, partial(play, agent, waiting, args.live), args.timeout):
             scores.append(0 if episode.ended == "died" else max(0, episode.score))
             output.append(Played(
