@@ -39,19 +39,13 @@ def report(folder, episodes: list[dict]) -> str:
     return re.sub(r" +|\n(?=\w)", " ", (folder / "report.md").read_text())
 
 
-@pytest.fixture
-def bounds(tmp_path):
-    """A function: the interval of copies of an agent, each given by its scores in boil; the latter is minus a base."""
-
-    def table(copies):
-        played = [episode("boil", n, score, models=name) for name, copy in copies.items() for n, score in copy.items()]
-        return gather([written(tmp_path, played)])
-
-    return lambda *agents: interval(*map(table, agents))
-
-
-def copies(*scores: list) -> dict:
-    return {f"copy {n}": dict(enumerate(copy)) for n, copy in enumerate(scores)}
+def bounds(folder, *agents: list[list[int]]) -> tuple[float, float]:
+    """The interval of an agent's copies, each given by its scores in boil; with a second agent, of the difference."""
+    tables = []
+    for copies in agents:
+        played = [episode("boil", n, score, models=str(id(copy))) for copy in copies for n, score in enumerate(copy)]
+        tables.append(gather([written(folder, played)]))
+    return interval(*tables)
 
 
 # ---- Scores
@@ -65,16 +59,15 @@ def test_the_overall_score_is_the_mean_of_the_tasks_means(tmp_path):
     assert "65.43" in text and "48.72" in text and "ours are of 2 of them" in text
 
 
-def test_the_interval_is_of_episodes_and_copies_and_that_of_a_difference_of_pairs(bounds):
-    few, many = (bounds(copies([0, 100] * n)) for n in (2, 50))
-    assert few[0] < 50 < few[1] and many[0] < 50 < many[1]
-    assert many[1] - many[0] < (few[1] - few[0]) / 2
-    low, high = bounds(copies([20] * 9, [50] * 9, [80] * 9))
+def test_the_interval_is_of_episodes_and_copies_and_that_of_a_difference_of_pairs(tmp_path):
+    few, many = (bounds(tmp_path, [[0, 100] * n]) for n in (2, 50))
+    assert few[0] < 50 < few[1] and many[0] < 50 < many[1] and many[1] - many[0] < (few[1] - few[0]) / 2
+    low, high = bounds(tmp_path, [[20] * 9, [50] * 9, [80] * 9])
     assert 20 <= low < 40 and 60 < high <= 80
-    assert bounds(copies(*[[0, 100] * 5] * 3)) == bounds(copies([0, 100] * 5))  # no further episodes
+    one, *others = ([0, 100] * 5 for _ in range(3))
+    assert bounds(tmp_path, [one, *others]) == bounds(tmp_path, [one]), "copies are no further episodes"
     better, worse = [20, 100] * 5, [0, 80] * 5
-    assert bounds(copies(better), copies(worse)) == (20, 20)
-    assert bounds(copies(better, worse), copies(worse)) == (0, 20)
+    assert bounds(tmp_path, [better], [worse]) == (20, 20) and bounds(tmp_path, [better, worse], [worse]) == (0, 20)
 
 
 def test_several_copies_of_an_agent_count_alike_however_many_episodes_each_played(tmp_path):
@@ -105,15 +98,12 @@ def test_all_thirty_tasks_give_the_mean_of_the_24_that_others_report(tmp_path):
     assert "hierarchical 60.0 (" in text and "| hierarchical | 50.0 (" in text and "show the scale" not in text
 
 
-@pytest.mark.parametrize(
-    "second, complaint",
-    [
-        (episode("boil", 1, 100), "two.jsonl holds 1-1 boil, variation 1, of hierarchical once more"),
-        (episode("boil", 2, 100, split="dev"), "different splits"),
-        (episode("bake", 2, 100), "did not play"),
-        ({k: v for k, v in episode("boil", 2, 100).items() if k != "ended"}, "did not play"),
-    ],
-)
+@pytest.mark.parametrize("second, complaint", [
+    (episode("boil", 1, 100), "two.jsonl holds 1-1 boil, variation 1, of hierarchical once more"),
+    (episode("boil", 2, 100, split="dev"), "different splits"),
+    (episode("bake", 2, 100), "did not play"),
+    ({k: v for k, v in episode("boil", 2, 100).items() if k != "ended"}, "did not play"),
+])
 def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, capsys, second, complaint):
     files = [written(tmp_path, [episode("boil", 1, 0)], "one"), written(tmp_path, [second], "two")]
     with pytest.raises(SystemExit, match="2"):
@@ -122,14 +112,12 @@ def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, cap
     assert complaint in said and said.count("\n") == 1 and not (tmp_path / "report.md").exists()
 
 
-def test_the_command_writes_both_files_byte_for_byte_the_same_from_the_same_episodes(tmp_path):
+def test_both_files_are_byte_for_byte_the_same_from_the_same_episodes(tmp_path):
     path = written(tmp_path, [episode("boil", 1, 100), episode("boil", 1, 0, agent="flat", subgoals="none")])
-    for name in ("a", "b.md"):
-        done = run("evaluate.py", "--report-only", path, "--report", tmp_path / name / "report.md")
-        assert "| 1-1 boil | 100.0 (" in done.stdout
-    for suffix in ("md", "html"):
-        first, second = ((tmp_path / name / f"report.{suffix}").read_bytes() for name in ("a", "b.md"))
-        assert first == second
+    done = run("evaluate.py", "--report-only", path, "--report", tmp_path / "a" / "report.md")
+    assert done.stdout == write_report([path], tmp_path / "b.md" / "report") + "\n" and "| 1-1 boil" in done.stdout
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b.md" / name).read_bytes()
 
 
 def test_an_ablation_is_measured_on_the_episodes_that_both_agents_played(tmp_path):
@@ -168,40 +156,35 @@ def test_experts_are_hardly_ever_called_stuck(experts):
     assert sum(stuck) < 0.05 * sum(len(e["steps"]) for e in experts)
 
 
-def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need():
-    patient = [step(look=f"It is {n} o'clock.") for n in range(30)]
-    assert diagnose(episode("boil", 1, 0, steps=patient, ended="moves"))["stuck"] == []
-    told = diagnose(episode("boil", 1, 0, steps=[step()] * 12, ended="moves"))
-    assert told["stuck"] == [*range(STUCK, 12)]
-    twice = [*[step()] * STUCK, *[step("wait(longer)")] * STUCK]
-    assert diagnose(episode("boil", 1, 0, steps=twice, ended="moves"))["stuck"] == []
+@pytest.mark.parametrize("steps, stuck", [
+    ([step(look=f"It is {n} o'clock.") for n in range(30)], []),
+    ([step()] * 12, [*range(STUCK, 12)]),
+    ([step()] * STUCK + [step("wait(longer)")] * STUCK, []),
+])
+def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need(steps, stuck):
+    assert diagnose(episode("boil", 1, 0, steps=steps, ended="moves"))["stuck"] == stuck
 
 
-@pytest.mark.parametrize(
-    "score, ended, ending, broke",
-    [(40, "loop", "loop", 4), (40, "moves", "out of moves", 4), (40, "done", "unsolved", 4), (0, "died", "died", 5),
-     (100, "done", "solved", None)],
-)
+@pytest.mark.parametrize("score, ended, ending, broke", [
+    (40, "loop", "loop", 4), (40, "moves", "out of moves", 4), (40, "done", "unsolved", 4), (0, "died", "died", 5),
+    (100, "done", "solved", None),
+])
 def test_the_diagnosis_names_the_step_at_which_an_episode_broke(score, ended, ending, broke):
     steps = [step(score=n) for n in (0, 20, 20, 40, 40, 40)]
     told = diagnose(episode("boil", 1, score, steps=steps, ended=ended))
     assert (told["ending"], told["broke"]) == (ending, broke)
 
 
-@pytest.mark.parametrize(
-    "actions, ending",
-    [
-        (["focus on cup"], "wrong focus"),
-        (["focus on seed", "0"], "wrong focus"),  # the answer to an ambiguous request
-        (["focus on wire", "move wire to red box"], "wrong move"),
-    ],
-)
-def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_path, actions, ending):
+@pytest.mark.parametrize("actions, ending, shares", [
+    (["focus on cup"], "wrong focus", "100% | 0%"),
+    (["focus on seed", "0"], "wrong focus", "100% | 0%"),  # the answer to an ambiguous request
+    (["focus on wire", "move wire to red box"], "wrong move", "0% | 100%"),
+])
+def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_path, actions, ending, shares):
     steps = [step("wait()"), *(step("focus_on(a)", action, -100) for action in actions)]
     failed = episode("boil", 1, 0, steps=steps, ended="failed")
     told = diagnose(failed)
     assert (told["ending"], told["broke"]) == (ending, len(actions))
-    shares = "100% | 0%" if ending == "wrong focus" else "0% | 100%"
     assert f"| hierarchical | 0% | {shares} |" in report(tmp_path, [failed])
 
 
@@ -293,26 +276,18 @@ def test_buttons_and_arrow_keys_step_through_the_replay(page, site):
     assert "3 o'clock" in page.locator("#look").inner_text()
 
 
-def test_another_episode_can_be_picked_and_its_actions_stand_under_their_sub_goals(page, site):
+def test_actions_stand_under_their_sub_goals_and_what_went_wrong_is_said(page, site):
     visit(page, site, variation=2)
-    expect(page.locator("#place")).to_contain_text("of 2")
+    expect(page.locator("#outcome")).to_have_text("Score 0: wrong focus, went wrong at step 2.")
     listed = page.locator("#actions li").all_inner_texts()
     assert listed == ["navigate_to(kitchen)", "1 go to kitchen", "focus_on(pot)", "2 focus on cup"]
     bands = page.locator("#actions .goal").evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
-    assert len(set(bands)) == 2
+    assert len(set(bands)) == 2 and "stood in" in page.locator("#wrong").inner_text()
     page.get_by_role("button", name="2 focus on cup").click()
     assert page.locator("#action").inner_text() == "focus on cup" and "-100" in page.locator("#place").inner_text()
+    assert page.locator("#wrong").inner_text() == "here the episode broke: wrong focus"
     visit(page, site, task="1-2 melt", variation=7)
     expect(page.locator("#place")).to_contain_text("of 100")
-
-
-def test_the_replay_says_where_an_episode_went_wrong(page, site):
-    visit(page, site, variation=2)
-    expect(page.locator("#outcome")).to_contain_text("Score 0: wrong focus, went wrong at step 2.")
-    assert "stood in" in page.locator("#wrong").inner_text()
-    page.keyboard.press("ArrowRight")
-    said = page.locator("#wrong").inner_text()
-    assert said == "here the episode broke: wrong focus"
 
 
 def test_text_from_an_episode_never_becomes_markup(page, site):
