@@ -144,7 +144,7 @@ def test_the_teachers_bill_is_told_once(tmp_path):
     played = [episode("boil", n, 100, teacher=teacher) for n, teacher in enumerate([FREE, paid, paid])]
     text = report(tmp_path, played)
     assert "by rules: 9 trajectories, 0 LLM calls, 0 tokens, $0.00;" in text
-    assert text.count("by llm: 9 trajectories, 9 LLM calls, 1,000,000 tokens, $2.00.") == 1
+    assert "by llm: 9 trajectories, 9 LLM calls, 1,000,000 tokens, $2.00." in text and text.count("by llm") == 1
     assert "0 tokens." in report(tmp_path, [episode("boil", 1, 100, teacher=FREE | dict(dollars=None))])
 
 
@@ -192,6 +192,7 @@ def test_an_agent_without_sub_goals_is_never_stuck_at_one(tmp_path):
     flat = dict(agent="flat", subgoals="none", ended="moves", invalid=[0, 1], repaired=[1])
     lost = episode("boil", 1, 0, steps=[step(None)] * 20, **flat)
     assert "| flat | 0% | 0% | 0% | 0% | 100% | 0% | 5% | 5% | | 20.0 |" in report(tmp_path, [lost])
+    assert diagnose(lost)["stuck"] == []
 
 
 # ---- The page
@@ -260,10 +261,9 @@ def test_the_page_opens_with_all_its_plots_and_sections(page, site):
 
 
 def test_a_curve_holds_the_last_score_of_what_has_ended(tmp_path):
-    long = [step(score=n) for n in (10, 20, 60)]
-    failed = [step(score=40), step(score=-100)]
-    played = [episode("boil", 1, 60, steps=long), episode("boil", 2, 0, steps=failed, ended="failed")]
-    assert over_moves(gather([written(tmp_path, played)])) == {"hierarchical": [0, 25, 10, 30]}
+    scores = [(10, 20, 50), (40, -100), (100,)]
+    played = [episode("boil", n, 0, steps=[step(score=score) for score in each]) for n, each in enumerate(scores)]
+    assert over_moves(gather([written(tmp_path, played)])) == {"hierarchical": [0, 50, 40, 50]}
 
 
 def test_buttons_and_arrow_keys_step_through_the_replay(page, site):
