@@ -504,7 +504,7 @@ def diagnosis(episodes: pd.DataFrame, by: str) -> pd.DataFrame:
 
 def plain(text: str) -> str:
     """A text as Markdown that shows it as it is: names of agents are anyone's."""
-    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]|<>&])", r"\\\1", " ".join(text.split()))
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -793,7 +793,7 @@ def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: Episode
     """Play episodes and append each to the output as it ends."""
     random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
     workers, scores, waiting = min(args.workers, len(todo)), [], iter(todo)
-    with tqdm(total=len(todo), desc=about["agent"], unit=" episodes", dynamic_ncols=True) as progress:
+    with tqdm(total=len(todo), desc=f"{about['agent']}, episodes", unit="", dynamic_ncols=True) as progress:
         for episode in in_threads(workers, partial(play, agent, waiting, args.live), args.timeout):
             scores.append(0 if episode.ended == "died" else max(0, episode.score))
             output.append(Played(

@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from evaluate import STUCK, TASKS, diagnose, gather, interval, over_moves, write_report
 
-MARKUP = "</script></style><img src=x onerror=alert(1)><b>$x$ |` {{ 7 * 7 }}"
+MARKUP = "</script></style><img src=x onerror=alert(1)><b>$x$ |` {{ 7 * 7 }} &lt;"
 FREE = dict(annotators=["rules"], trajectories=9, calls=0, prompt_tokens=0, completion_tokens=0, dollars=0)
 
 
