@@ -19,7 +19,6 @@ A run that was stopped goes on where it was when the same command is given again
 import argparse
 import base64
 import gzip
-import io
 import json
 import math
 import os
@@ -27,7 +26,6 @@ import random
 import re
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
@@ -43,6 +41,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 import transformers  # loads its parts, and PyTorch, only when they are used
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 from rapidfuzz import fuzz, process
 from tqdm import tqdm
@@ -66,26 +65,19 @@ REFUSED = "No known action matches that input."  # the simulator's answer to wha
 AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 TRIES = 3  # times that an episode is played whose simulator dies
 SAMPLE, SAME = 32, 0.9  # inputs on which a converted model is compared, and the share of equal answers it must reach
-AGENTS = {  # --subgoals: the agent's name in the report
-    "model": "hierarchical",
-    "none": "flat (no sub-goals)",
-    "random": "random sub-goals",
-    "semi-random": "semi-random sub-goals",
-    "oracle": "oracle sub-goals",
-}
-NEEDS = {  # --subgoals: the flags that it cannot do without
-    "model": ["action_model", "subgoal_model"],
-    "none": ["action_model"],
-    "random": ["action_model", "data"],
-    "semi-random": ["action_model", "subgoal_model", "data"],
-    "oracle": ["action_model", "data"],
+AGENTS = {  # --subgoals: the agent's name in the report, and the flags that it cannot do without
+    "model": ("hierarchical", ["action_model", "subgoal_model"]),
+    "none": ("flat (no sub-goals)", ["action_model"]),
+    "random": ("random sub-goals", ["action_model", "data"]),
+    "semi-random": ("semi-random sub-goals", ["action_model", "subgoal_model", "data"]),
+    "oracle": ("oracle sub-goals", ["action_model", "data"]),
 }
 PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
-# How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the experts'
-# actions 1% are a repetition, and no sub-goal takes more than 7 steps in one state, those apart that need patience.
+# How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
+# experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 ENDINGS = {  # why an episode ended, in words
@@ -328,147 +320,97 @@ def ending(episode: Live, completed: bool) -> str | None:
 # The diagnosis of an episode
 
 ENDS = ["solved", "wrong focus", "wrong move", "loop", "out of moves", "died"]
-SIGNS = ["invalid", "repaired", "out of line", "stuck"]
+SIGNS = ["invalid", "repaired", "stuck"]
 STUCK = 9  # actions: no sub-goal of the demo's 1,055 expert trajectories needs more (5,343 sub-goals; most take 1)
-SERVES = {  # verbs, as `parse_action` has them, that serve a sub-goal without naming anything of it
-    "navigate_to": ("go to", "open door to", "close door to"), "find": ("open",),
-    "fill": ("open", "activate", "deactivate"), "water": ("move", "pour", "activate", "deactivate"),
-    "heat": ("open", "activate"), "cool": ("open",), "mix": ("open",), "dig": ("use",),
-    "power": ("connect", "activate"), "plant": ("move",), "harvest": ("move",), "pollinate": ("open", "close door to"),
-    "measure_time": ("activate", "deactivate"),
-}
-LITTLE = {"to", "in", "on", "into", "up", "at", "of", "from", "with"}
-
-
-def in_line(subgoal: str, action: str) -> bool:
-    """Whether an action can serve a sub-goal in functional form: a rule of thumb.
-
-    Looking and waiting always can. `navigate_to` wants walking and doors; every other function a verb of `SERVES`, or
-    an object that has a word in common with its own. More than 98% of the steps of all 30 tasks' experts are in line.
-    """
-    def words(text):
-        return {word.rstrip("s") for word in re.findall("[a-z0-9]+", text.lower())} - LITTLE
-
-    function, _, objects = subgoal.partition("(")
-    verb, named = parse_action(action)
-    if re.match(r"look|wait|examine|\d+$", action) or verb in SERVES.get(function, ()):
-        return True
-    return function != "navigate_to" and bool(words(objects) & words(" ".join(named)))
 
 
 def diagnose(episode: Played) -> dict:
     """How an episode ended, and its failure signatures: of steps their places, 0 …
 
-    ending       one of ENDS, or "unsolved" where the simulator ended it below 100
-    invalid      the first choice was refused, another beam taken
-    repaired     no beam would do: a valid action was taken in its stead
-    out of line  the action does not serve its sub-goal: see `in_line`
-    stuck        after STUCK actions for one sub-goal, one more that did the same in the same state before
-    broke        the place where it went wrong: the fatal move, or the first step after the last gain; None if solved
-    outcome      all that in a sentence
+    ending    one of ENDS, or "unsolved" where the simulator ended it below 100
+    invalid   the first choice was refused, another beam taken
+    repaired  no beam would do: a valid action was taken in its stead
+    stuck     after STUCK actions for one sub-goal, one more that did the same in the same state before
+    broke     the place where it went wrong: the fatal move, or the first step after the last gain; None if solved
     """
     steps, stuck = episode["steps"], []
-    named = [i for i, step in enumerate(steps) if step["subgoal"]]
-    for _, same in groupby(named, key=lambda i: steps[i]["subgoal"]):
+    for subgoal, same in groupby(range(len(steps)), key=lambda i: steps[i]["subgoal"]):
         before = set()
         for n, i in enumerate(same):
             step = tuple(steps[i][name] for name in ("look", "inventory", "action", "observation"))
-            if n >= STUCK and step in before:
+            if subgoal and n >= STUCK and step in before:
                 stuck.append(i)
             before.add(step)
     last, scores = len(steps) - 1, [0, *(step["score"] for step in steps)]
-    gains = [i for i in range(len(steps)) if scores[i + 1] > scores[i]]
-    broke = min(last, max(gains, default=-1) + 1)
-    gained = f"nothing was gained from step {broke + 1} on"
     if episode["score"] == 100:
-        end, broke, outcome = "solved", None, "solved"
+        end, broke = "solved", None
     elif scores[-1] < 0:  # a focus on the wrong thing fails a task for good, and in 2-1 so does the wrong box
-        chosen = [step["action"] for step in steps if not step["action"].isdigit()]
-        end = "wrong focus" if chosen and chosen[-1].startswith("focus ") else "wrong move"
-        broke, outcome = last, f"failed for good at step {last + 1}: “{steps[last]['action']}” was wrong"
+        chosen = next((step["action"] for step in reversed(steps) if not step["action"].isdigit()), "")
+        end, broke = "wrong focus" if chosen.startswith("focus ") else "wrong move", last
     elif episode["ended"] == "died":
-        end, broke, outcome = "died", last, "the simulator died"
+        end, broke = "died", last
     else:
-        end, outcome = {
-            "loop": ("loop", f"went in circles: {gained}"), "moves": ("out of moves", f"ran out of moves: {gained}"),
-        }.get(episode["ended"], ("unsolved", f"ended at {scores[-1]}: {gained}"))
-    return {
-        "ending": end, "broke": broke, "outcome": outcome, "repaired": episode["repaired"],
-        "invalid": [i for i in episode["invalid"] if i not in episode["repaired"]],
-        "out of line": [i for i in named if not in_line(steps[i]["subgoal"], steps[i]["action"])], "stuck": stuck}
+        end = {"loop": "loop", "moves": "out of moves"}.get(episode["ended"], "unsolved")
+        gains = [i for i in range(len(steps)) if scores[i + 1] > scores[i]]
+        broke = min(last, max(gains, default=-1) + 1)
+    invalid = [i for i in episode["invalid"] if i not in episode["repaired"]]
+    return {"ending": end, "broke": broke, "invalid": invalid, "repaired": episode["repaired"], "stuck": stuck}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report: one table of episodes; every mean, per-task score and paired difference is a grouping of it.
+# The report: one table of episodes; every mean, per-task score and paired difference is a grouping of it. Its words
+# are in prompts/report.jinja, the page in prompts/report.html.jinja.
 
 TASKS = [f"{id} {task}" for id, task in ID2TASK.items()]
 NOT_IN_ETO = ("2-3", "9-1", "9-2", "9-3", "10-1", "10-2")  # tasks that the test set of ETO and GLIDER lacks
-# Tokens per action of agents that call an LLM while they act, in ScienceWorld (SwiftSage project page)
-PER_ACTION = {"SayCan": 1855.84, "ReAct": 1971.03, "Reflexion": 2983.46, "SwiftSage": 757.07}
-SUBGOALS = {  # where they come from, in words: the keys of AGENTS
-    "model": "of the planner", "none": "none", "random": "drawn from the train set", "oracle": "the expert's own",
-    "semi-random": "the planner's, their objects drawn"}
-SERIES = [  # colours of agents in plots: on a light page, on a dark one
-    ("#0063a6", "#5fb3f0"), ("#c2500a", "#ff9a5c"), ("#00795a", "#3ecfa3"), ("#a5427f", "#f090cb"),
-    ("#7d6300", "#e0c04a"), ("#5b4fc4", "#a9a0ff"), ("#8c1c2b", "#ff8f9c"), ("#4d4d4d", "#b8b8b8")]
-INK = "#010101"  # stands in a plot for the page's own colour of text
 
 
 def gather(files: list[str]) -> pd.DataFrame:
     """The table of episodes, a row each; ends the program for files that do not go together.
 
-    agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, solved, moves,
-    expert_moves, parameters (planner's, executor's, together), ENDS, SIGNS as shares of the steps, and `episode`, the
+    agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, expert_moves,
+    moves, planner, executor and parameters (theirs, together), ENDS, SIGNS as shares of the steps, and `episode`, the
     whole record with its diagnosis.
     """
-    rows, places, protocols = [], {}, set()
+    rows = []
     for path in files:
         for episode in read_episodes(path):
             if not Played.__required_keys__ <= episode.keys() or episode["task"] not in ID2TASK.values():
                 fail(f"{path} holds episodes that evaluate.py did not play. Name the files that it wrote.")
-            key = tuple(episode[name] for name in ("agent", "models", "task", "variation"))
-            if key in places:
-                fail(f"{episode['task']} {episode['variation']} of {episode['agent']} stands in {places[key]} and once "
-                     f"more in {path}. Name every episode once.")
-            places[key] = path
-            protocols.add((episode["split"], episode["simplifications"]))
-            rows.append(row_of(episode))
-    if len(protocols) > 1:
-        fail(f"the files hold episodes of different splits or simplifications: {sorted(protocols)}. Report on one of "
-             "them at a time.")
+            found, sizes = diagnose(episode), episode["parameters"]
+            rows.append({
+                **{name: episode[name] for name in ("agent", "models", "variation", "subgoals", "seen", "score")},
+                "task": next(task for task in TASKS if task.split()[1] == episode["task"]),
+                "expert_moves": episode.get("expert_moves") or math.nan, "moves": len(episode["steps"]),
+                "planner": sizes.get("planner", math.nan), "executor": sizes["executor"],
+                "parameters": sum(sizes.values()), "episode": episode | {"diagnosis": found}, "path": path,
+                "protocol": f"{episode['split']} {episode['simplifications']}",
+                **{end: found["ending"] == end for end in ENDS},
+                **{sign: len(found[sign]) / len(episode["steps"]) for sign in SIGNS}})
     episodes = pd.DataFrame(rows)
+    key = ["agent", "models", "task", "variation"]
+    if len(twice := episodes[episodes.duplicated(key)]):
+        fail("{path} holds {task}, variation {variation}, of {agent} once more. Name every episode once.".format_map(
+            twice.iloc[0]))
+    if episodes["protocol"].nunique() > 1:
+        fail(f"the files hold episodes of different splits or simplifications: {', '.join(set(episodes['protocol']))}. "
+             "Report on one of them at a time.")
     for column in ("agent", "models"):  # agents, and the copies of each, in the order in which the files have them
         episodes[column] = pd.Categorical(episodes[column], episodes[column].unique())
     episodes["task"] = pd.Categorical(episodes["task"], TASKS)
-    return episodes.sort_values(["agent", "models", "task", "variation"], ignore_index=True)
-
-
-def row_of(episode: Played) -> dict:
-    """An episode's row in the table of episodes."""
-    found, steps, sizes = diagnose(episode), len(episode["steps"]), episode["parameters"]
-    told = {name: episode[name] for name in ("agent", "models", "variation", "subgoals", "seen", "score")}
-    return told | {
-        "task": next(task for task in TASKS if task.endswith(f" {episode['task']}")), "moves": steps,
-        "expert_moves": episode.get("expert_moves") or math.nan,
-        "planner": sizes.get("planner", math.nan), "executor": sizes["executor"], "parameters": sum(sizes.values()),
-        "episode": episode | {"diagnosis": found},
-        **{end: found["ending"] == end for end in ENDS}, **{sign: len(found[sign]) / steps for sign in SIGNS}}
-
-
-def groups(episodes: pd.DataFrame, by: str | list[str]):
-    return episodes.groupby(by, observed=True)
+    return episodes.sort_values(key, ignore_index=True)
 
 
 def averaged(figures: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Of each group: the mean over copies of the mean over tasks of the mean over episodes, of all that are numbers."""
     for keys in ([*by, "models", "task"], [*by, "models"], by):
-        figures = groups(figures, list(dict.fromkeys(keys))).mean(numeric_only=True)
+        figures = figures.groupby(list(dict.fromkeys(keys))).mean(numeric_only=True)
     return figures
 
 
 def summary(episodes: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Of each group: `averaged` figures (scores 0-100, shares 0-1), the score's interval, counts."""
-    table, grouped = averaged(episodes, by), groups(episodes, by)
+    table, grouped = averaged(episodes, by), episodes.groupby(by)
     table[["low", "high"]] = [interval(group) for _, group in grouped]
     return table.assign(copies=grouped["models"].nunique(), episodes=grouped.size())
 
@@ -521,24 +463,15 @@ def millions(parameters: float) -> str:
     return "" if pd.isna(parameters) else f"{parameters / 1e6:.1f} M"
 
 
-@dataclass
-class Section:
-    """A part of the report: facts for its text in prompts/report.jinja, tables with a caption, plots for the page."""
-
-    title: str
-    facts: dict
-    tables: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
-    plots: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> list[str]:
-        """Its paragraphs."""
-        macro = getattr(TEXTS.get_template("report.jinja").module, self.title.lower().replace(" ", "_"))
-        return [" ".join(paragraph.split()) for paragraph in macro(**self.facts).split("\n\n") if paragraph.strip()]
-
-
-TEXTS = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), autoescape=jinja2.select_autoescape(["html.jinja"]),
-                           undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def score_table(agents: pd.DataFrame) -> pd.DataFrame:
+    """A row for each agent of a `summary`, and for each published figure."""
+    score = "score (95% interval of these weights)" if agents["copies"].max() < 3 else "score (95% interval)"
+    rows = [{"agent": name, score: scored(s), "copies": f"{s.copies:.0f}", "solved": f"{s.solved:.0%}",
+             "moves": f"{s.moves:.1f}", "invalid actions": f"{s.invalid + s.repaired:.1%}",
+             "episodes": f"{s.episodes:.0f}", "parameters": millions(s.parameters), "LLM calls": "0"}
+            for name, s in agents.iterrows()]
+    rows += [{"agent": name, score: f"{published:.2f}", "LLM calls": "0"} for name, published in PUBLISHED]
+    return pd.DataFrame(rows).fillna("")
 
 
 def by_agent(episodes: pd.DataFrame, column: str, digits: int = 1) -> pd.DataFrame:
@@ -547,243 +480,113 @@ def by_agent(episodes: pd.DataFrame, column: str, digits: int = 1) -> pd.DataFra
     return cells.astype(object).fillna("").rename_axis(columns=None).reset_index()
 
 
-def overall(episodes: pd.DataFrame) -> Section:
-    """A row for each agent and published figure, and what a reader must know to compare them."""
-    agents, copies = summary(episodes, ["agent"]), groups(episodes, ["agent", "models"])
-    weights = " of these weights" if agents["copies"].max() < 3 else ""
-    rows = [{"agent": name, f"score (95% interval{weights})": scored(s), "copies": f"{s.copies:.0f}",
-             "solved": f"{s.solved:.0%}", "moves": f"{s.moves:.1f}", "invalid actions": f"{s.invalid + s.repaired:.1%}",
-             "episodes": f"{s.episodes:.0f}", "parameters": millions(s.parameters), "LLM calls": "0"}
-            for name, s in agents.iterrows()]
-    score = list(rows[0])[1]
-    rows += [{"agent": name, score: f"{published:.2f}", "LLM calls": "0"} for name, published in PUBLISHED]
-    played = [set(zip(copy["task"], copy["variation"], strict=True)) for _, copy in copies]
-    everywhere = (groups(episodes, "agent")["task"].nunique() == len(TASKS)).all()
-    others = episodes[~episodes["task"].str.startswith(tuple(f"{id} " for id in NOT_IN_ETO))]
-    facts = dict(
-        copies=agents["copies"].min(), tasks=episodes["task"].nunique(), all_tasks=len(TASKS),
-        in_common=None if all(pairs == played[0] for pairs in played) else len(set.intersection(*played)),
-        without=NOT_IN_ETO, theirs=[(name, scored(row)) for name, row in summary(others, ["agent"]).iterrows()]
-        if everywhere else [])
-
-    def draw(axes):
-        agents["score"].rename(wrapped).plot.barh(
-            ax=axes, xerr=errors(agents), color=SERIES[0][0], ecolor=INK, xlim=(0, 101), xlabel="score", ylabel="")
-        for name, published in PUBLISHED:
-            axes.axvline(published, color=INK, linestyle="--", linewidth=0.8)
-            axes.annotate(name.partition(",")[0], (published, -0.5), fontsize=8, ha="center", va="bottom")
-        axes.invert_yaxis()
-
-    return Section("Scores", facts, [("", pd.DataFrame(rows).fillna(""))],
-                   [plot(f"Score with 95% interval{weights}; dashed: published", 1 + 0.4 * len(agents), draw)])
-
-
-def wrapped(name: str) -> str:
-    return textwrap.fill(name, 24)
-
-
-def errors(table: pd.DataFrame) -> np.ndarray:
-    """(2, rows): how far the interval of each row of a `summary` reaches below and above its score."""
-    return np.maximum([table["score"] - table["low"], table["high"] - table["score"]], 0)
-
-
-def per_task(episodes: pd.DataFrame) -> Section:
-    return Section("Tasks", {}, [("", by_agent(episodes, "task", digits=0))])
-
-
-def ablations(episodes: pd.DataFrame) -> Section | None:
-    """Every agent against the one whose planner names the sub-goals (else the first); None if there is but one."""
-    table, kinds = summary(episodes, ["agent"]), groups(episodes, "agent")["subgoals"].first()
-    if len(table) == 1:
+def by_kind(episodes: pd.DataFrame, kinds: pd.Series) -> pd.DataFrame | None:
+    """A table of scores by the kind of the task; None if all tasks are of one."""
+    if kinds.nunique() < 2:
         return None
-    base = next((name for name, kind in kinds.items() if kind == "model"), table.index[0])
-    agents = {name: mine for name, mine in groups(episodes, "agent")}
-    rows = [[name, SUBGOALS.get(kinds[name], kinds[name]), millions(s.planner), millions(s.executor), f"{s.score:.1f}",
-             *(["", ""] if name == base else difference(agents[name], agents[base]))] for name, s in table.iterrows()]
-    facts = dict(base=base, copies=table["copies"].min(), kinds=kinds.nunique())
-    header = ["agent", "sub-goals", "planner", "executor", "score", f"minus {base} (95% interval)", "episodes"]
-    return Section("Ablations and variants", facts, [("", pd.DataFrame(rows, columns=header))])
+    table = by_agent(episodes.assign(kind=kinds), "kind")
+    table.insert(1, "tasks", episodes.groupby(kinds)["task"].nunique().to_numpy())
+    return table
 
 
-def over_moves(episodes: pd.DataFrame) -> Section:
-    longest = episodes["moves"].max()
+def ablations(episodes: pd.DataFrame, agents: pd.DataFrame, base: str) -> pd.DataFrame:
+    """A row for each agent of a `summary`: what it is made of, and how far it is above `base`."""
+    played = dict(iter(episodes.groupby("agent")))
+    rows = [[name, played[name]["subgoals"].iloc[0], millions(s.planner), millions(s.executor), f"{s.score:.1f}",
+             *(["", ""] if name == base else difference(played[name], played[base]))] for name, s in agents.iterrows()]
+    header = ["agent", "--subgoals", "planner", "executor", "score", f"minus {base} (95% interval)", "episodes"]
+    return pd.DataFrame(rows, columns=header)
 
-    def held(episode):
-        """(longest + 1,): the score after each move; what ended keeps its last, and a failed one's is 0."""
+
+def over_moves(episodes: pd.DataFrame) -> dict[str, list[float]]:
+    """Each agent's mean score after 0, 1, … moves: an ended episode keeps its last score, and a failed one's is 0."""
+    def held(episode: Played) -> np.ndarray:
         scores = [0, *(max(0, step["score"]) for step in episode["steps"])]
-        return np.pad(np.array(scores), (0, longest + 1 - len(scores)), mode="edge")
+        return np.pad(scores, (0, episodes["moves"].max() + 1 - len(scores)), mode="edge")
 
-    def draw(axes):
-        places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
-        curves = averaged(pd.DataFrame(np.stack(episodes["episode"].map(held)), places), ["agent"])
-        curves.T.rename(columns=wrapped).plot(
-            ax=axes, drawstyle="steps-post", xlim=(0, longest), ylim=(0, 101), xlabel="moves", ylabel="mean score")
-
-    return Section("Score over moves", {}, plots=[plot("Mean score after so many moves", 3.2, draw)])
+    places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
+    curves = averaged(pd.DataFrame(np.stack(episodes["episode"].map(held)), places), ["agent"])
+    return {name: list(curve) for name, curve in curves.iterrows()}
 
 
-def by_length(episodes: pd.DataFrame) -> Section | None:
-    """Tasks by the mean length of their experts' paths in the train set; None if all are of one kind."""
-    lengths = pd.cut(episodes["expert_moves"], [0, 20, 50, math.inf], labels=["up to 20", "20 to 50", "more than 50"])
-    if lengths.nunique() < 2:
-        return None
-    counts = groups(episodes, lengths)["task"].nunique()
-    table = by_agent(episodes.assign(moves_of_experts=lengths), "moves_of_experts")
-    table.insert(1, "tasks", [str(count) for count in counts])
-    return Section("Short and long tasks", {}, [("", table.rename(columns={"moves_of_experts": "expert's moves"}))])
+def diagnosis(episodes: pd.DataFrame, by: str) -> pd.DataFrame:
+    """By agent or by task: how episodes ended, and what went wrong on the way."""
+    figures = averaged(episodes, [by])
+    cells = figures[[*ENDS, *SIGNS]].map("{:.0%}".format).assign(moves=figures["moves"].map("{:.1f}".format))
+    cells.loc[episodes.groupby(by)["subgoals"].first() == "none", "stuck"] = ""
+    return cells.reset_index()
 
 
-def seen_unseen(episodes: pd.DataFrame) -> Section | None:
-    """Tasks whose other variations were trained on against new ones; None if all are of one kind."""
-    if episodes["seen"].nunique() == 1:
-        return None
-    tasks = np.where(episodes["seen"], "seen", "unseen")
-    counts = episodes.groupby("seen")["task"].nunique()
-    return Section("Seen and unseen tasks", dict(seen=counts[True], unseen=counts[False]),
-                   [("", by_agent(episodes.assign(tasks=tasks), "tasks"))])
-
-
-def diagnosis(episodes: pd.DataFrame) -> Section:
-    def table(some: pd.DataFrame, by: str) -> pd.DataFrame:
-        figures = averaged(some, [by])
-        cells = figures[[*ENDS, *SIGNS]].map("{:.0%}".format).assign(moves=figures["moves"].map("{:.1f}".format))
-        flat = groups(some, by)["subgoals"].first() == "none"  # without sub-goals none is strayed from
-        cells.loc[flat, ["out of line", "stuck"]] = ""
-        return cells.reset_index()
-
-    tables = [("", table(episodes, "agent"))]
-    tables += [(f"{name}, task by task", table(mine, "task")) for name, mine in groups(episodes, "agent")]
-    return Section("Diagnosis", dict(stuck=STUCK), tables)
-
-
-def cost(episodes: pd.DataFrame) -> Section | None:
-    """What the teacher cost against agents that call an LLM while they act; None without an agent that it taught."""
-    taught = episodes[episodes["subgoals"] == "model"]
-    if taught.empty:
-        return None
-    best = summary(taught, ["agent"]).sort_values("score", ascending=False, kind="stable").iloc[0]
-    teacher = taught.loc[taught["agent"] == best.name, "episode"].iloc[0]["teacher"]
-    tokens, dollars = teacher["prompt_tokens"] + teacher["completion_tokens"], teacher["dollars"]
-    price = dollars / tokens if dollars and tokens else None
-    facts = dict(teacher=teacher, tokens=tokens, price=price, moves=best.moves, agent=best.name)
-    rows = []
-    for name, count in {best.name: 0, **PER_ACTION}.items():
-        spent = count * best.moves
-        row = {"agent": f"{name} (published)" if count else name, "tokens an action": f"{count:,.2f}" if count else "0",
-               "tokens an episode": f"{spent:,.0f}"}
-        if price:
-            row["dollars an episode"] = f"${spent * price:.4f}" if count else "$0"
-        row["the teacher costs less from"] = f"episode {math.floor(tokens / spent) + 1:,}" if count else ""
-        rows.append(row)
-    return Section("Cost", facts, [("", pd.DataFrame(rows))])
-
-
-def plot(caption: str, height: float, draw) -> Markup:
-    """A plot as SVG that takes its colours from the page it stands in. draw(axes) fills it; `height` in inches.
-
-    The same data gives the same text, byte for byte.
-    """
-    import matplotlib
-    from cycler import cycler
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9,
-             "axes.spines.top": False, "axes.spines.right": False,
-             "axes.prop_cycle": cycler(color=[light for light, _ in SERIES])}
-    inks = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({**style, **inks}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that matplotlib's font lacks; browsers know it
-        figure = Figure(figsize=(5.4, height), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        if axes.get_legend():  # pandas' own lies on the curves
-            axes.get_legend().remove()
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
-        file = io.StringIO()
-        nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nameless)
-    svg = file.getvalue()[file.getvalue().index("<svg"):].replace(INK, "currentColor")
-    for i, (light, _) in enumerate(SERIES):
-        svg = svg.replace(light, f"var(--s{i})")
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", re.sub(r'<g id="[^"]*"', "<g", svg), count=2)
-    return Markup('<figure>{}<figcaption>{}</figcaption></figure>').format(
-        Markup(svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(caption), 1)), caption)
-
-
-def safe(text: str) -> str:
+def plain(text: str) -> str:
     """A text as Markdown that shows it as it is: names of agents are anyone's."""
-    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]|<>&])", r"\\\1", " ".join(text.split()))
 
 
-def markdown(sections: list[Section]) -> str:
-    """The sections in GitHub's Markdown, without plots; with aligned columns, so that a terminal shows them, too."""
-    lines = []
-    for section in sections:
-        if not section.tables:
-            continue
-        lines += [f"## {section.title}", *map(safe, section.text)]
-        for caption, table in section.tables:
-            lines += [f"### {safe(caption)}"] * bool(caption)
-            table = table.astype(str).map(safe).rename(columns=safe)
-            sides = ["left", *["right"] * (table.shape[1] - 1)]
-            lines.append(table.to_markdown(index=False, disable_numparse=True, colalign=sides))
-    return "\n\n".join(lines) + "\n"
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table in GitHub's Markdown, its columns aligned, so that a terminal shows it, too."""
+    sides = ["left", *["right"] * (table.shape[1] - 1)]
+    table = table.astype(str).map(plain).rename(columns=plain)
+    return table.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def replays(episodes: pd.DataFrame) -> list[dict]:
-    """What the page's replay needs: the episodes of each copy of an agent, packed.
+TEXTS = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), autoescape=jinja2.select_autoescape(["html.jinja"]),
+                           undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+TEXTS.filters |= {"plain": plain, "table": as_markdown}
 
-    An episode is gzip in base64, so that a page of hundreds stays small; the browser unpacks the one it shows.
+
+def replays(episodes: pd.DataFrame) -> dict[str, list[dict]]:
+    """What the page's replay needs: the episodes of each copy of an agent.
+
+    Packed, gzip in base64, so that a page of hundreds stays small; the browser unpacks the one it shows.
     """
-    copied = []
-    for name, copies in groups(episodes, "agent"):
-        for n, (_, copy) in enumerate(groups(copies, "models"), 1):
-            shown = []
-            for task, episode in zip(copy["task"], copy["episode"], strict=True):
-                text = json.dumps({key: episode[key] for key in ("description", "steps", "diagnosis")})
+    shown = {}
+    for name, agent in episodes.groupby("agent"):
+        for n, (_, copy) in enumerate(agent.groupby("models"), 1):
+            played = shown[f"{name} (copy {n})" if agent["models"].nunique() > 1 else name] = []
+            for row in copy.itertuples():
+                text = json.dumps({key: row.episode[key] for key in ("description", "steps", "diagnosis")})
                 packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-                shown.append({"task": task, "variation": episode["variation"], "score": episode["score"],
-                              "packed": packed})
-            several = copies["models"].nunique() > 1
-            copied.append({"name": f"{name} (copy {n})" if several else name, "episodes": shown})
-    return copied
+                played.append(dict(task=row.task, variation=row.variation, score=row.score, packed=packed))
+    return shown
 
 
 def write_report(files: list[str], target: Path | None) -> str:
     """Write target.md and target.html about files of played episodes; returns the score tables, for the terminal."""
     episodes = gather(files)
-    sections = [overall(episodes), per_task(episodes)]
+    agents, times = summary(episodes, ["agent"]), episodes.groupby(["task", "variation"]).size()
+    everywhere = (episodes.groupby("agent")["task"].nunique() == len(TASKS)).all()
+    others = episodes[~episodes["task"].str.startswith(tuple(f"{id} " for id in NOT_IN_ETO))]
+    facts = dict(
+        tasks=episodes["task"].nunique(), all_tasks=len(TASKS), copies=agents["copies"].min(), played=len(times),
+        in_common=(times == agents["copies"].sum()).sum(), without=NOT_IN_ETO,
+        theirs={name: scored(s) for name, s in summary(others, ["agent"]).iterrows()} if everywhere else {},
+        scores=score_table(agents), scores_by_task=by_agent(episodes, "task", digits=0))
+    printed = TEXTS.get_template("report.jinja").render(facts, whole=False)
     if target is None:
-        return markdown(sections)
-    made = [make(episodes) for make in (by_length, ablations, over_moves, seen_unseen, diagnosis, cost)]
-    sections += [section for section in made if section]
-    one = episodes["episode"].iloc[0]
-    title = f"What the agents reached on {episodes['task'].nunique()} of {len(TASKS)} tasks"
-    about = (f"{len(episodes):,} episodes of ScienceWorld, split {one['split']}, simplifications "
-             f"{one['simplifications']}.")
-    data = Markup(json.dumps(replays(episodes)).replace("<", "\\u003c"))  # so that nothing in it can end its element
-    page = TEXTS.get_template("report.html.jinja")
-    link = f"[{target.name}.html](<{target.name}.html>)"
-    texts = {".md": f"# {title}\n\n{safe(about)} Plots, and a replay of every episode: {link}\n\n{markdown(sections)}",
-             ".html": page.render(title=title, about=about, sections=sections, data=data, series=SERIES)}
-    try:
-        for suffix, text in texts.items():
-            target.with_name(target.name + suffix).write_text(text)
-    except OSError as error:
-        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --report.")
-    return markdown(sections[:2])
-
-
-def report_target(args: argparse.Namespace) -> Path | None:
-    """Where the report goes, without a suffix, if it is asked for; ends the program if there is no place for it."""
-    if not (args.report or args.report_only):
-        return None
-    target = Path(re.sub(r"\.(md|html)$", "", args.report or "report"))
+        return printed
+    lengths = pd.cut(episodes["expert_moves"], [0, 20, 50, math.inf], labels=["up to 20", "20 to 50", "more than 50"])
+    kinds = episodes.groupby("agent")["subgoals"].first()
+    base = next((name for name, kind in kinds.items() if kind == "model"), agents.index[0])
+    facts |= dict(
+        episodes=len(episodes), one=episodes["episode"].iloc[0], base=base, kinds=kinds.nunique(), stuck=STUCK,
+        teachers={str(episode["teacher"]): episode["teacher"] for episode in episodes["episode"]}.values(),
+        scores_by_length=by_kind(episodes, lengths), ablations=ablations(episodes, agents, base),
+        scores_by_seen=by_kind(episodes, episodes["seen"].map({True: "seen", False: "unseen"})),
+        diagnosis=diagnosis(episodes, "agent"),
+        diagnosis_by_task={name: diagnosis(mine, "task") for name, mine in episodes.groupby("agent")})
+    text = TEXTS.get_template("report.jinja").render(facts, whole=True)
+    page = TEXTS.get_template("report.html.jinja").render(
+        report=Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text)),
+        curves=over_moves(episodes), replays=replays(episodes))
+    link = f"Score over moves, and a replay of every episode: [{target.name}.html](<{target.name}.html>)\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.with_name(f"{target.name}.html").write_text(page)
+        target.with_name(f"{target.name}.md").write_text(f"{text}\n{link}")
     except OSError as error:
-        fail(f"{target.parent} is no folder for a report ({error.strerror}). Name another --report.")
-    return target
+        fail(f"{error.filename} cannot be written ({error.strerror}). Name another --report.")
+    return printed
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The students
@@ -804,17 +607,26 @@ def check_student(folder: str | Path, role: str) -> dict:
 class Student:
     """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on.
 
-    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike.
+    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike; by default
+    the latter where there is no GPU.
     """
 
-    def __init__(self, folder: str | Path, role: str, engine: str = "transformers"):
+    def __init__(self, folder: str | Path, role: str, engine: str | None = None):
+        import torch
+
         be_quiet()
-        self.folder, self.engine = Path(folder), engine
         self.about = check_student(folder, role)
+        self.folder = Path(folder)
+        self.engine = engine or ("transformers" if torch.cuda.is_available() else "ctranslate2")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.translator = None
         self.lock = threading.Lock()  # a tokenizer, and transformers' generate, are for one thread at a time
         self.known = {}  # answers by what was asked: an agent that changed nothing is not asked again
+
+    def files(self) -> list[Path]:
+        """All that makes the student: weights, tokenizer, template."""
+        names = (ABOUT, "tokenizer.json", "config.json")
+        return [file for file in sorted(self.folder.iterdir()) if file.suffix == ".safetensors" or file.name in names]
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
         """The `best` likeliest answers in every state, likeliest first."""
@@ -827,14 +639,17 @@ class Student:
     def generate(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
         with self.lock:
             if self.engine == "ctranslate2" and not self.translator:
-                self.convert(texts, beams)
+                self.convert(texts)
             if self.engine == "transformers":
                 return answers(self.model, self.tokenizer, texts, self.about, beams, best)
             inputs = question_tokens(self.tokenizer, texts, self.about)
         written = translate(self.translator, self.tokenizer, inputs, beams, best, self.about)
         with self.lock:
-            return [[text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-                    for ids in written]
+            return self.decoded(written)
+
+    def decoded(self, written: list) -> list[list[str]]:
+        return [[text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                for ids in written]
 
     @cached_property
     def model(self):
@@ -845,7 +660,7 @@ class Student:
         model = model_class(self.folder).from_pretrained(self.folder, dtype=dtype)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def convert(self, texts: list[str], beams: int):
+    def convert(self, texts: list[str]):
         """Load the folder's model for CTranslate2: converted, and compared with transformers, on first use.
 
         A converter's errors are silent, and some show in long inputs alone, so the sample has some that are cut off.
@@ -862,14 +677,11 @@ class Student:
                 TransformersConverter(str(self.folder)).convert(new, force=True)
                 translator = load_translator(new)
                 inputs = question_tokens(self.tokenizer, texts, self.about)
-                same = {}
-                for width in (1, beams):
-                    written = translate(translator, self.tokenizer, inputs, width, 1, self.about)
-                    decoded = self.tokenizer.batch_decode([ids for (ids,) in written], skip_special_tokens=True)
-                    reference = answers(self.model, self.tokenizer, texts, self.about, width)
-                    same[width] = np.mean([a.strip() == b for a, (b,) in zip(decoded, reference, strict=True)])
-                # a hardly trained model's wider beams hold many answers of one likelihood
-                complaint = None if same[1] >= SAME else f"{1 - same[1]:.0%} of its greedy answers are other ones"
+                written = self.decoded(translate(translator, self.tokenizer, inputs, 1, 1, self.about))
+                reference = answers(self.model, self.tokenizer, texts, self.about, beams=1)
+                # greedy ones: a hardly trained model's wider beams hold many answers of one likelihood
+                same = np.mean([ours == theirs for ours, theirs in zip(written, reference, strict=True)])
+                complaint = None if same >= SAME else f"{1 - same:.0%} of its greedy answers are other ones"
             except (ValueError, RuntimeError, NotImplementedError) as error:  # an architecture that it does not know
                 complaint = str(error).partition("\n")[0]
             if complaint:
@@ -878,8 +690,8 @@ class Student:
                 return
             os.chmod(new, 0o755)
             Path(new).rename(folder)
-        print(f"{self.folder}: converted for CTranslate2; at beam {beams}, {same[beams]:.0%} of {len(texts)} answers "
-              "are those of transformers", file=sys.stderr)
+        print(f"{self.folder}: converted for CTranslate2; {same:.0%} of {len(texts)} greedy answers are those of "
+              "transformers", file=sys.stderr)
         self.translator = translator
         del self.model
 
@@ -913,108 +725,92 @@ def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="whose variations (default: test)")
-    parser.add_argument("--variations", type=positive, default=10, metavar="N",
-                        help="the first N of each task (default: 10)")
-    parser.add_argument("--subgoals", choices=AGENTS, default="model", help="model: the planner's; none: for an "
-                        "executor trained with --flat; random: any of --data, drawn every 10 steps; semi-random: the "
-                        "planner's function with another object or room of --data; oracle: those of --data's expert "
-                        "for the very variation played, an upper bound (default: model)")
-    parser.add_argument("--subgoal-model", help="the planner's folder (stage 2)")
-    parser.add_argument("--action-model", help="the executor's folder (stage 3)")
-    parser.add_argument("--data", help="annotated episodes that sub-goals are taken from")
-    parser.add_argument("--name", help="the agent's row in the report (default: from --subgoals)")
-    parser.add_argument("--beams", type=positive, default=5, metavar="N", help="width of the beam search (default: 5)")
-    parser.add_argument("--engine", choices=("ctranslate2", "transformers"), help="what runs the models (default: "
-                        "transformers where there is a GPU, ctranslate2 on a CPU)")
-    parser.add_argument("--output", help="the JSONL file to write; an unfinished one is gone on with")
-    parser.add_argument("--workers", type=positive, default=cores(), metavar="N",
-                        help="threads with a simulator, up to 1 GB each (default: one a core)")
-    parser.add_argument("--live", type=positive, default=20, metavar="N",
-                        help="episodes at a time in each of them (default: 20)")
-    parser.add_argument("--timeout", type=positive, default=60, metavar="SECONDS",
-                        help="a simulator that takes longer for a move is replaced (default: 60)")
-    parser.add_argument("--watch", type=float, nargs="?", const=1.0, metavar="SECONDS",
-                        help="play in the terminal, one move at a time, with a pause after each (default: 1); writes "
-                        "nothing")
-    parser.add_argument("--report", metavar="PATH", help="the report's name: `report` or `report.md` writes report.md "
-                        "and report.html (default: with --report-only report, else the tables are only printed)")
-    parser.add_argument("--report-only", nargs="+", metavar="FILE",
-                        help="play nothing, report on these played episodes: one or more agents, or copies of one")
+    add = parser.add_argument
+    add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas")
+    add("--split", choices=SPLITS, default="test", help="whose variations (default: test)")
+    add("--variations", type=positive, default=10, metavar="N", help="the first N of each task (default: 10)")
+    add("--subgoals", choices=AGENTS, default="model", help="model: the planner's; none: for an executor trained with "
+        "--flat; random: any of --data, drawn every 10 steps; semi-random: the planner's function with another object "
+        "or room of --data; oracle: those of --data's expert for the very variation played, an upper bound (default: "
+        "model)")
+    add("--subgoal-model", help="the planner's folder (stage 2)")
+    add("--action-model", help="the executor's folder (stage 3)")
+    add("--data", help="annotated episodes that sub-goals are taken from")
+    add("--name", help="the agent's row in the report (default: from --subgoals)")
+    add("--beams", type=positive, default=5, metavar="N", help="width of the beam search (default: 5)")
+    add("--engine", choices=("ctranslate2", "transformers"), help="what runs the models (default: transformers where "
+        "there is a GPU, ctranslate2 on a CPU)")
+    add("--output", help="the JSONL file to write; an unfinished one is gone on with")
+    add("--workers", type=positive, default=cores(), metavar="N", help="threads with a simulator, up to 1 GB each "
+        "(default: one a core)")
+    add("--live", type=positive, default=20, metavar="N", help="episodes at a time in each of them (default: 20)")
+    add("--timeout", type=positive, default=60, metavar="SECONDS", help="a simulator that takes longer for a move is "
+        "replaced (default: 60)")
+    add("--watch", type=float, nargs="?", const=1.0, metavar="SECONDS", help="play in the terminal, one move at a "
+        "time, with a pause after each (default: 1); writes nothing")
+    add("--report", metavar="PATH", help="`report` or `report.md` writes report.md and report.html (default: the "
+        "scores are only printed)")
+    add("--report-only", nargs="+", metavar="FILE", help="play nothing, report on these played episodes: one or more "
+        "agents, or copies of one")
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace) -> dict[str, dict]:
-    """What student.json says of {"executor": …, "planner": …}; ends the program for flags that do not go together."""
-    for flag in ["output"] * (args.watch is None) + NEEDS[args.subgoals]:
+def agent_of(args: argparse.Namespace) -> Agent:
+    """The agent that the flags describe; ends the program for flags that do not go together."""
+    _, needs = AGENTS[args.subgoals]
+    for flag in ["output"] * (args.watch is None) + needs:
         if not getattr(args, flag):
             fail(f"--{flag.replace('_', '-')} is needed with --subgoals {args.subgoals}.")
-    students = {"executor": check_student(args.action_model, "action")}
-    flat = students["executor"].get("flat", False)
+    executor = Student(args.action_model, "action", args.engine)
+    flat = executor.about.get("flat", False)
     if flat != (args.subgoals == "none"):
         fail(f"{args.action_model} was trained {'with' if flat else 'without'} --flat: it acts with --subgoals "
              f"{'none' if flat else 'model, random, semi-random or oracle'}.")
-    if "subgoal_model" in NEEDS[args.subgoals]:
-        students["planner"] = check_student(args.subgoal_model, "subgoal")
-    return students
-
-
-def digest_of_students(args: argparse.Namespace) -> str:
-    """A digest of all that makes the agent's students: weights, tokenizers, templates."""
-    folders = [Path(getattr(args, need)) for need in NEEDS[args.subgoals] if need.endswith("_model")]
-    return digest(*(file for folder in folders for file in sorted(folder.iterdir())
-                    if file.suffix == ".safetensors" or file.name in (ABOUT, "tokenizer.json", "config.json")))
-
-
-def run(args: argparse.Namespace):
-    """Play what --output lacks, or with --watch show it."""
-    import torch
-
-    students = check(args)
-    args.engine = args.engine or ("transformers" if torch.cuda.is_available() else "ctranslate2")
-    simulator = Simulator(args.timeout)
-    try:
-        wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
-    except SimulatorDied as death:
-        stop(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
-    known = read_episodes(args.data) if "data" in NEEDS[args.subgoals] else []
-    planner = Student(args.subgoal_model, "subgoal", args.engine) if "planner" in students else None
-    agent = Agent(Student(args.action_model, "action", args.engine), planner, args.subgoals, known, args.beams)
-    if args.subgoals == "oracle" and (missing := [pair for pair in wanted if pair not in agent.experts]):
-        fail(f"{args.data} lacks {len(missing)} of the {len(wanted)} variations to play, such as "
-             f"{' '.join(map(str, missing[0]))}. Make it with annotate.py --split {args.split}.")
-    if args.watch is not None:
-        return watch(agent, wanted, simulator, args.watch)
-    simulator.close()
-    about = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=args.name or AGENTS[args.subgoals],
-                 subgoals=args.subgoals, models=digest_of_students(args))
-    drawn_from = digest(Path(args.data)) if known else None
-    output = EpisodeFile(args.output, {
-        **about, "beams": args.beams, "engine": args.engine, "data": drawn_from, "code": digest(*DECIDING)})
-    todo = [pair for pair in wanted if pair not in output.done]
-    if todo:
-        known_to_all = set.intersection(*(set(student["tasks"]) for student in students.values()))
-        trained = {task: moves for task, moves in students["executor"]["tasks"].items() if task in known_to_all}
-        about |= dict(parameters={role: student["parameters"] for role, student in students.items()},
-                      teacher=students.get("planner", students["executor"])["teacher"])
-        play_all(args, agent, todo, output, trained, about)
+    planner = Student(args.subgoal_model, "subgoal", args.engine) if "subgoal_model" in needs else None
+    known = read_episodes(args.data) if "data" in needs else []
+    return Agent(executor, planner, args.subgoals, known, args.beams)
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
 DECIDING = (Agent, Live, play, move, makeshift, ending, OFTEN, PATIENT.pattern)
 
 
+def run(args: argparse.Namespace):
+    """Play what --output lacks, or with --watch show it."""
+    agent, simulator = agent_of(args), Simulator(args.timeout)
+    try:
+        wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
+    except SimulatorDied as death:
+        stop(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
+    if args.subgoals == "oracle" and (missing := [pair for pair in wanted if pair not in agent.experts]):
+        fail(f"{args.data} lacks {len(missing)} of the {len(wanted)} variations to play, such as "
+             f"{' '.join(map(str, missing[0]))}. Make it with annotate.py --split {args.split}.")
+    if args.watch is not None:
+        return watch(agent, wanted, simulator, args.watch)
+    simulator.close()
+    students = {"executor": agent.executor, "planner": agent.planner}
+    students = {role: student for role, student in students.items() if student}
+    about = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=args.name or AGENTS[args.subgoals][0],
+                 subgoals=args.subgoals, models=digest(*(file for each in students.values() for file in each.files())))
+    output = EpisodeFile(args.output, {
+        **about, "beams": args.beams, "engine": agent.executor.engine,
+        "data": digest(Path(args.data)) if agent.experts else None, "code": digest(*DECIDING)})
+    about |= dict(parameters={role: student.about["parameters"] for role, student in students.items()},
+                  teacher=list(students.values())[-1].about["teacher"])
+    tasks = [student.about["tasks"] for student in students.values()]
+    trained = {task: moves for task, moves in tasks[0].items() if task in tasks[-1]}
+    todo = [pair for pair in wanted if pair not in output.done]
+    if todo:
+        play_all(args, agent, todo, output, trained, about)
+
+
 def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: dict, about: dict):
     """Play episodes and append each to the output as it ends."""
     random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
-    print(f"{about['agent']}: {len(todo)} episodes of {len({task for task, _ in todo})} tasks", file=sys.stderr)
-    workers, moves, scores, started = min(args.workers, len(todo)), 0, [], time.time()
-    waiting = iter(todo)
-    with tqdm(total=len(todo), desc="episodes", unit="", dynamic_ncols=True) as progress:
+    workers, scores, waiting = min(args.workers, len(todo)), [], iter(todo)
+    with tqdm(total=len(todo), desc=f"{about['agent']}, episodes", unit="", dynamic_ncols=True) as progress:
         for episode in in_threads(workers, partial(play, agent, waiting, args.live), args.timeout):
             scores.append(0 if episode.ended == "died" else max(0, episode.score))
-            moves += len(episode.steps)
             output.append(Played(
                 task=episode.task, variation=episode.variation, description=episode.description, steps=episode.steps,
                 score=scores[-1], ended=episode.ended, invalid=episode.invalid, repaired=episode.repaired,
@@ -1022,8 +818,6 @@ def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: Episode
                 seconds=round(time.time() - episode.started, 1), **about))
             progress.set_postfix(mean=f"{np.mean(scores):.1f}")
             progress.update()
-    minutes = (time.time() - started) / 60
-    print(f"{len(todo) / minutes:.0f} episodes and {moves / minutes:.0f} moves a minute.", file=sys.stderr)
 
 
 def watch(agent: Agent, wanted: list[tuple[str, int]], simulator: Simulator, pause: float):
@@ -1046,7 +840,6 @@ def watch(agent: Agent, wanted: list[tuple[str, int]], simulator: Simulator, pau
 
 def main():
     args = parse_args()
-    target = report_target(args)
     try:
         if not args.report_only:
             run(args)
@@ -1054,11 +847,10 @@ def main():
         stop("stopped. The episodes that had ended are kept; the same command goes on from there.", 130)
     if args.watch is not None:
         return
+    target = args.report and Path(re.sub(r"\.(md|html)$", "", args.report))
     print(write_report(args.report_only or [args.output], target))
     if target:
         print(f"{target}.md and {target}.html hold the whole report.", file=sys.stderr)
-    else:
-        print(f"The whole report: python evaluate.py --report-only {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

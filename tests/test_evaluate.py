@@ -6,18 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import ctranslate2
 import pytest
-from conftest import alive, command, descendants, kill_when, run
+from conftest import alive, command, descendants, kill_when, run, wait_until
 
 import evaluate
 from annotate import Game, Simulator, in_threads, read_episodes
-from evaluate import LOOP, MAX_MOVES, TRIES, Agent, Live, Student, ending, move, play
+from evaluate import LOOP, TRIES, Agent, Live, Student, ending, move, play
 from train_action import action_examples
 from train_subgoal import subgoal_examples, trained_states
 
@@ -75,10 +73,17 @@ def taken(episode: Live) -> list[str]:
 # ---- One move --------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_candidate_that_the_simulator_accepts_is_taken(simulator):
+@pytest.mark.parametrize("candidates, first, repaired", [
+    (["fly to the moon", "go to nowhere", "go to kitchen", "go to hallway"], "go to kitchen", []),
+    (["fly", "go to kitchn"], "go to kitchen", [0]),  # the nearest valid action with a candidate's verb
+    (["focus on nothing here", "focus on orange"], "look around", [0]),  # a focus is the likeliest action or none
+    (["fly", "focus on orange", "go to kitchen"], "go to kitchen", []),
+])
+def test_the_first_candidate_that_the_simulator_accepts_is_taken_else_a_makeshift(simulator, candidates, first,
+                                                                                  repaired):
     episode = begun(simulator, *FIND_PLANT)
-    move(episode, None, ["fly to the moon", "go to nowhere", "go to kitchen", "go to hallway"])
-    assert taken(episode) == ["go to kitchen"] and episode.invalid == [0] and episode.repaired == []
+    move(episode, None, candidates)
+    assert taken(episode) == [first] and episode.invalid == [0] and episode.repaired == repaired
 
 
 def test_what_was_refused_is_not_tried_again_until_something_visible_changes(simulator, monkeypatch):
@@ -123,20 +128,6 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
         assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
 
 
-def test_a_makeshift_is_the_nearest_valid_action_with_a_candidates_verb(simulator):
-    episode = begun(simulator, *FIND_PLANT)
-    move(episode, None, ["fly", "go to kitchn"])
-    assert taken(episode) == ["go to kitchen"] and episode.repaired == [0]
-
-
-def test_a_focus_is_taken_as_the_likeliest_action_alone(simulator):
-    episode = begun(simulator, *FIND_PLANT)
-    move(episode, None, ["focus on nothing here", "focus on orange"])
-    assert taken(episode) == ["look around"]
-    move(episode, None, ["fly", "focus on orange", "go to kitchen"])
-    assert taken(episode)[1:] == ["go to kitchen"]
-
-
 @pytest.mark.parametrize("candidate, instead", [
     ("move unknown substance B to the crate", "look around"),
     ("move unknown substance B to rod box", "look around"),
@@ -162,22 +153,17 @@ def test_of_several_things_that_an_action_may_mean_the_first_is_taken(simulator)
 # ---- How episodes end ------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_focus_ends_the_episode_as_failed(simulator):
-    wrong = {("lifespan-longest-lived", 3): ["focus on ground", "wait"]}
-    (episode,) = play(following(wrong), iter(wrong), 1, simulator)
-    assert episode.ended == "failed" and episode.score < 0 and len(episode.steps) == 1
+ROOMS = ["kitchen", "bedroom", "workshop", "foundry", "greenhouse", "outside"]
 
 
-def test_an_agent_that_goes_nowhere_new_is_stopped_after_100_moves(simulator):
-    rooms, dice = ["kitchen", "bedroom", "workshop", "foundry", "greenhouse", "outside"], random.Random(0)
-    (episode,) = play(Scripted(lambda _: [f"teleport to {dice.choice(rooms)}"]), iter([FIND_PLANT]), 1, simulator)
-    assert episode.ended == "moves" and len(episode.steps) == MAX_MOVES == 100
-
-
-def test_an_agent_that_moves_in_circles_is_stopped(simulator):
-    circle = {FIND_PLANT: ["go to kitchen", "look around", "go to hallway"] * 30}
-    (episode,) = play(following(circle), iter(circle), 1, simulator)
-    assert episode.ended == "loop" and LOOP <= len(episode.steps) <= LOOP + 3
+@pytest.mark.parametrize("task, script, ended, moves", [
+    (("lifespan-longest-lived", 3), lambda n: "focus on ground", "failed", [1]),
+    (FIND_PLANT, lambda n: f"teleport to {random.Random(n).choice(ROOMS)}", "moves", [100]),
+    (FIND_PLANT, lambda n: ["go to kitchen", "look around", "go to hallway"][n % 3], "loop", range(LOOP, LOOP + 4)),
+])
+def test_an_agent_that_fails_or_gets_nowhere_or_moves_in_circles_is_stopped(simulator, task, script, ended, moves):
+    (episode,) = play(Scripted(lambda live: [script(len(live.steps))]), iter([task]), 1, simulator)
+    assert episode.ended == ended and len(episode.steps) in moves and (episode.score < 0) == (ended == "failed")
 
 
 def test_no_expert_of_any_task_moves_in_circles(experts):
@@ -250,12 +236,11 @@ def test_semi_random_keeps_the_function_and_replaces_the_rest(experts):
 
 
 def test_random_subgoals_are_drawn_anew_every_ten_steps(experts):
-    agent, live, drawn = Agent(None, None, "random", experts, beams=1), Live("boil", 1), []
+    agent, live = Agent(None, None, "random", experts, beams=1), Live("boil", 1)
     for _ in range(40):
-        drawn.append(agent.subgoal(live, None))
-        live.note(drawn[-1], "wait", "", 0)
-    assert set(drawn) <= set(agent.pool) and all(len(set(drawn[i : i + 10])) == 1 for i in (0, 10, 20, 30))
-    assert len(set(drawn)) > 2
+        live.note(agent.subgoal(live, None), "wait", "", 0)
+    drawn = [{step["subgoal"] for step in live.steps[i : i + 10]} for i in (0, 10, 20, 30)]
+    assert all(len(ten) == 1 for ten in drawn) and len(set.union(*drawn)) > 2 and set.union(*drawn) <= set(agent.pool)
 
 
 def test_an_agent_that_acts_as_the_expert_is_given_the_experts_subgoals(experts):
@@ -326,18 +311,23 @@ def test_an_engine_that_answers_differently_gives_way_to_transformers(students, 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def flags_of_six(students, path: Path, *more) -> list:
-    """Flags of an evaluation of six episodes, two at a time."""
-    return ["--tasks", "7-1", "--variations", 6, "--subgoals", "none", "--action-model", students["flat"],
-            "--output", path, "--workers", 1, "--live", 2, "--beams", 1, *more]
+@pytest.fixture
+def six(tmp_path, students) -> SimpleNamespace:
+    """An evaluation of six episodes, two at a time: its flags, its output, and what must come of them in the end."""
+    path = tmp_path / "episodes.jsonl"
 
+    def lines() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
-def assert_all_six(path: Path):
-    assert sorted(episode["variation"] for episode in read_episodes(path)) == list(range(93, 99))
+    def finish():
+        kept = path.read_bytes()
+        assert "flat (no sub-goals)" in run("evaluate.py", *flags).stdout
+        assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1]), "what was kept is played again"
+        assert sorted(episode["variation"] for episode in read_episodes(path)) == list(range(93, 99))
 
-
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    flags = ["--tasks", "7-1", "--variations", 6, "--subgoals", "none", "--action-model", students["flat"], "--output",
+             path, "--workers", 1, "--live", 2, "--beams", 1, "--engine", "transformers"]
+    return SimpleNamespace(path=path, flags=flags, lines=lines, finish=finish)
 
 
 def main(monkeypatch, *flags):
@@ -346,65 +336,41 @@ def main(monkeypatch, *flags):
     evaluate.main()
 
 
-def test_after_kill_9_no_simulator_is_left_and_only_what_is_missing_is_played(tmp_path, students):
-    path = tmp_path / "episodes.jsonl"
-    flags = flags_of_six(students, path)
-    assert kill_when("evaluate.py", *flags, ready=lambda: lines(path) >= 2), "there was no simulator"
-    kept = path.read_bytes()
-    assert "flat (no sub-goals)" in run("evaluate.py", *flags).stdout
-    assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    assert_all_six(path)
+def test_after_kill_9_no_simulator_is_left_and_only_what_is_missing_is_played(six):
+    assert kill_when("evaluate.py", *six.flags, ready=lambda: six.lines() >= 2), "there was no simulator"
+    six.finish()
 
 
-def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path, students):
-    path = tmp_path / "episodes.jsonl"
-    flags = flags_of_six(students, path)
+def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(six):
     process = subprocess.Popen(
-        command("evaluate.py", *flags), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command("evaluate.py", *six.flags), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
-    deadline = time.time() + 120
-    while not lines(path):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
+    wait_until(six.lines, process)
     family = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
-    assert not any(alive(pid) for pid in family)
-    run("evaluate.py", *flags)
-    assert_all_six(path)
+    assert family and not any(alive(pid) for pid in family)
+    six.finish()
 
 
-def test_a_full_disk_loses_nothing(tmp_path, students):
-    path = tmp_path / "episodes.jsonl"
-    flags = flags_of_six(students, path, "--engine", "transformers")  # a conversion would not fit either
-    limited = subprocess.run(["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command("evaluate.py", *flags)],
+def test_a_full_disk_loses_nothing(six):
+    limited = subprocess.run(["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command("evaluate.py", *six.flags)],
                              capture_output=True, text=True)
     assert limited.returncode == 2 and "Make room" in limited.stderr and "Traceback" not in limited.stderr
-    assert path.stat().st_size == 40 * 1024 and lines(path) < 6
-    run("evaluate.py", *flags)
-    assert_all_six(path)
+    assert six.path.stat().st_size == 40 * 1024 and six.lines() < 6
+    six.finish()
 
 
-def test_other_beams_are_other_episodes_of_the_same_models(tmp_path, students, monkeypatch, capsys):
-    flags = ["--tasks", "7-1", "--variations", 1, "--subgoals", "none", "--action-model", students["flat"]]
-    wide, narrow = tmp_path / "wide.jsonl", tmp_path / "narrow.jsonl"
-    main(monkeypatch, *flags, "--output", wide, "--beams", 2)
-    main(monkeypatch, *flags, "--output", narrow, "--beams", 1)
-    assert read_episodes(wide)[0]["models"] == read_episodes(narrow)[0]["models"]
-    before = wide.read_bytes()
+def test_other_beams_are_other_episodes_of_the_same_models(tmp_path, six, monkeypatch, capsys):
+    narrow = tmp_path / "narrow.jsonl"
+    main(monkeypatch, *six.flags, "--variations", 1, "--beams", 2)
+    main(monkeypatch, *six.flags, "--variations", 1, "--output", narrow)
+    assert read_episodes(six.path)[0]["models"] == read_episodes(narrow)[0]["models"]
+    before = six.path.read_bytes()
     with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, *flags, "--output", wide, "--beams", 1)
-    assert "was made with beams 2, this run has 1" in capsys.readouterr().err and wide.read_bytes() == before
-
-
-@pytest.mark.parametrize("text", ['{"mine": 1}', "my notes\n"])
-def test_a_foreign_output_is_refused_and_keeps_every_byte(tmp_path, students, monkeypatch, capsys, text):
-    foreign = tmp_path / "mine.json"
-    foreign.write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, *flags_of_six(students, foreign))
-    assert "name another --output" in capsys.readouterr().err and foreign.read_text() == text
+        main(monkeypatch, *six.flags)
+    assert "was made with beams 2, this run has 1" in capsys.readouterr().err and six.path.read_bytes() == before
 
 
 def test_watch_shows_the_game_move_by_move_and_writes_nothing(tmp_path, students, monkeypatch, capsys):
@@ -423,7 +389,6 @@ def test_watch_shows_the_game_move_by_move_and_writes_nothing(tmp_path, students
     ("--output o.jsonl --action-model {flat} --subgoal-model {subgoal}", "trained with --flat"),
     ("--output o.jsonl --action-model {action} --subgoals none", "trained without --flat"),
     ("--output o.jsonl --action-model {action} --subgoals oracle --data {data}", "lacks 10 of the 10 variations"),
-    ("--report-only {data}", "did not play"),
 ])
 def test_what_cannot_be_played_is_refused_in_one_sentence(tmp_path, students, data, monkeypatch, capsys, flags,
                                                           complaint):

@@ -6,13 +6,12 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, run
+from conftest import run
 from playwright.sync_api import expect, sync_playwright
 
-from annotate import read_episodes
-from evaluate import PER_ACTION, STUCK, TASKS, diagnose, gather, in_line, interval, write_report
+from evaluate import STUCK, TASKS, diagnose, gather, interval, over_moves, write_report
 
-MARKUP = "</script></style><img src=x onerror=alert(1)><b>$x$ |` {{ 7 * 7 }}"
+MARKUP = "</script></style><img src=x onerror=alert(1)><b>$x$ |` {{ 7 * 7 }} &lt;"
 FREE = dict(annotators=["rules"], trajectories=9, calls=0, prompt_tokens=0, completion_tokens=0, dollars=0)
 
 
@@ -24,7 +23,7 @@ def episode(task: str, variation: int, score: int, **more) -> dict:
     steps = [step(score=score, look=f"A room at {n} o'clock.") for n in range(4)]
     said = dict(description="Boil.", split="test", simplifications="easy", agent="hierarchical", subgoals="model",
                 models="", parameters={"planner": 10**6, "executor": 10**6}, seen=True, teacher=FREE, ended="done",
-                steps=steps, invalid=[0], repaired=[], seconds=1.0)  # fmt: skip
+                steps=steps, invalid=[0], repaired=[], seconds=1.0)
     return dict(task=task, variation=variation, score=score) | said | more
 
 
@@ -35,24 +34,18 @@ def written(folder, episodes: list[dict], name: str = "episodes") -> str:
 
 
 def report(folder, episodes: list[dict]) -> str:
-    """The Markdown of a report on some episodes, its cells without padding."""
+    """The Markdown of a report on some episodes, its cells without padding, its sentences in one line."""
     write_report([written(folder, episodes)], folder / "report")
-    return re.sub(" +", " ", (folder / "report.md").read_text())
+    return re.sub(r" +|\n(?=\w)", " ", (folder / "report.md").read_text())
 
 
-@pytest.fixture
-def bounds(tmp_path):
-    """A function: the interval of copies of an agent, each given by its scores in boil; the latter is minus a base."""
-
-    def table(copies):
-        played = [episode("boil", n, score, models=name) for name, copy in copies.items() for n, score in copy.items()]
-        return gather([written(tmp_path, played)])
-
-    return lambda *agents: interval(*map(table, agents))
-
-
-def copies(*scores: list) -> dict:
-    return {f"copy {n}": dict(enumerate(copy)) for n, copy in enumerate(scores)}
+def bounds(folder, *agents: list[list[int]]) -> tuple[float, float]:
+    """The interval of an agent's copies, each given by its scores in boil; with a second agent, of the difference."""
+    tables = []
+    for copies in agents:
+        played = [episode("boil", n, score, models=str(id(copy))) for copy in copies for n, score in enumerate(copy)]
+        tables.append(gather([written(folder, played)]))
+    return interval(*tables)
 
 
 # ---- Scores
@@ -66,16 +59,15 @@ def test_the_overall_score_is_the_mean_of_the_tasks_means(tmp_path):
     assert "65.43" in text and "48.72" in text and "ours are of 2 of them" in text
 
 
-def test_the_interval_is_of_episodes_and_copies_and_that_of_a_difference_of_pairs(bounds):
-    few, many = (bounds(copies([0, 100] * n)) for n in (2, 50))
-    assert few[0] < 50 < few[1] and many[0] < 50 < many[1]
-    assert many[1] - many[0] < (few[1] - few[0]) / 2
-    low, high = bounds(copies([20] * 9, [50] * 9, [80] * 9))
+def test_the_interval_is_of_episodes_and_copies_and_that_of_a_difference_of_pairs(tmp_path):
+    few, many = (bounds(tmp_path, [[0, 100] * n]) for n in (2, 50))
+    assert few[0] < 50 < few[1] and many[0] < 50 < many[1] and many[1] - many[0] < (few[1] - few[0]) / 2
+    low, high = bounds(tmp_path, [[20] * 9, [50] * 9, [80] * 9])
     assert 20 <= low < 40 and 60 < high <= 80
-    assert bounds(copies(*[[0, 100] * 5] * 3)) == bounds(copies([0, 100] * 5))  # no further episodes
+    one, *others = ([0, 100] * 5 for _ in range(3))
+    assert bounds(tmp_path, [one, *others]) == bounds(tmp_path, [one]), "copies are no further episodes"
     better, worse = [20, 100] * 5, [0, 80] * 5
-    assert bounds(copies(better), copies(worse)) == (20, 20)
-    assert bounds(copies(better, worse), copies(worse)) == (0, 20)
+    assert bounds(tmp_path, [better], [worse]) == (20, 20) and bounds(tmp_path, [better, worse], [worse]) == (0, 20)
 
 
 def test_several_copies_of_an_agent_count_alike_however_many_episodes_each_played(tmp_path):
@@ -106,86 +98,57 @@ def test_all_thirty_tasks_give_the_mean_of_the_24_that_others_report(tmp_path):
     assert "hierarchical 60.0 (" in text and "| hierarchical | 50.0 (" in text and "show the scale" not in text
 
 
-@pytest.mark.parametrize(
-    "second, complaint",
-    [
-        (episode("boil", 1, 100), "boil 1 of hierarchical stands in"),
-        (episode("boil", 2, 100, split="dev"), "different splits"),
-        (episode("bake", 2, 100), "did not play"),
-        ({k: v for k, v in episode("boil", 2, 100).items() if k != "ended"}, "did not play"),
-    ],
-)
-def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, second, complaint):
+@pytest.mark.parametrize("second, complaint", [
+    (episode("boil", 1, 100), "two.jsonl holds 1-1 boil, variation 1, of hierarchical once more"),
+    (episode("boil", 2, 100, split="dev"), "different splits"),
+    (episode("bake", 2, 100), "did not play"),
+    ({k: v for k, v in episode("boil", 2, 100).items() if k != "ended"}, "did not play"),
+])
+def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, capsys, second, complaint):
     files = [written(tmp_path, [episode("boil", 1, 0)], "one"), written(tmp_path, [second], "two")]
-    refused = run("evaluate.py", "--report-only", *files, "--report", tmp_path / "report", code=2)
-    assert complaint in refused.stderr and refused.stderr.count("\n") == 1
-    assert not (tmp_path / "report.md").exists()
+    with pytest.raises(SystemExit, match="2"):
+        write_report(files, tmp_path / "report")
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1 and not (tmp_path / "report.md").exists()
 
 
-def test_the_command_writes_both_files_byte_for_byte_the_same_from_the_same_episodes(tmp_path):
+def test_both_files_are_byte_for_byte_the_same_from_the_same_episodes(tmp_path):
     path = written(tmp_path, [episode("boil", 1, 100), episode("boil", 1, 0, agent="flat", subgoals="none")])
-    for name in ("a", "b.md"):
-        done = run("evaluate.py", "--report-only", path, "--report", tmp_path / name / "report.md")
-        assert "| 1-1 boil | 100.0 (" in done.stdout
-    for suffix in ("md", "html"):
-        first, second = ((tmp_path / name / f"report.{suffix}").read_bytes() for name in ("a", "b.md"))
-        assert first == second
+    done = run("evaluate.py", "--report-only", path, "--report", tmp_path / "a" / "report.md")
+    assert done.stdout == write_report([path], tmp_path / "b.md" / "report") + "\n" and "| 1-1 boil" in done.stdout
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b.md" / name).read_bytes()
 
 
 def test_an_ablation_is_measured_on_the_episodes_that_both_agents_played(tmp_path):
     random = dict(agent="random", subgoals="random")
     played = [episode("boil", 1, 100), episode("boil", 2, 50), episode("boil", 2, 20, **random)]
-    row = "| random | drawn from the train set | 1.0 M | 1.0 M | 20.0 | -30.0 (-30.0 to -30.0) | 1 |"
+    row = "| random | random | 1.0 M | 1.0 M | 20.0 | -30.0 (-30.0 to -30.0) | 1 |"
     assert row in report(tmp_path, played)
     assert "minus" not in report(tmp_path, played[:2])
 
 
-def test_seen_and_unseen_tasks_are_told_apart_where_both_were_played(tmp_path):
-    seen, unseen = episode("boil", 1, 100), episode("melt", 1, 40, seen=False)
-    text = report(tmp_path, [seen, unseen])
-    assert "| seen | 100.0 (100.0 to 100.0) |" in text and "| unseen | 40.0 (40.0 to 40.0) |" in text
-    assert "nseen" not in report(tmp_path, [seen])
-
-
-def test_scores_are_laid_out_by_the_length_of_the_experts_paths(tmp_path):
+def test_scores_are_laid_out_by_kinds_of_tasks_where_more_than_one_was_played(tmp_path):
     lengths = {"melt": 87.0, "find-animal": 12.0, "use-thermometer": 20.0}
-    played = [episode(task, 1, score, expert_moves=lengths.get(task))
+    played = [episode(task, 1, score, expert_moves=lengths.get(task), seen=task != "melt")
               for task, score in [("melt", 40), ("find-animal", 100), ("use-thermometer", 80), ("boil", 0)]]
     text = report(tmp_path, played)
     assert "| up to 20 | 2 | 90.0 (90.0 to 90.0) |" in text and "| more than 50 | 1 | 40.0 (40.0 to 40.0) |" in text
-    assert "hort and long" not in report(tmp_path, played[1:])
+    assert "| seen | 3 | 60.0 (60.0 to 60.0) |" in text and "| unseen | 1 | 40.0 (40.0 to 40.0) |" in text
+    text = report(tmp_path, played[1:])
+    assert "nseen" not in text and "hort and long" not in text
+
+
+def test_the_teachers_bill_is_told_once(tmp_path):
+    paid = FREE | dict(annotators=["llm"], calls=9, prompt_tokens=900_000, completion_tokens=100_000, dollars=2.0)
+    played = [episode("boil", n, 100, teacher=teacher) for n, teacher in enumerate([FREE, paid, paid])]
+    text = report(tmp_path, played)
+    assert "by rules: 9 trajectories, 0 LLM calls, 0 tokens, $0.00;" in text
+    assert "by llm: 9 trajectories, 9 LLM calls, 1,000,000 tokens, $2.00." in text and text.count("by llm") == 1
+    assert "0 tokens." in report(tmp_path, [episode("boil", 1, 100, teacher=FREE | dict(dollars=None))])
 
 
 # ---- Diagnosis
-
-
-def test_nearly_all_expert_steps_of_all_tasks_are_in_line_with_their_sub_goals(experts):
-    """Measured: 99.1% of the rules' annotation, 98.6% of the one by hand."""
-    for name, episodes in {"rules": experts, "hand": read_episodes(ROOT / "prompts" / "examples.jsonl")}.items():
-        assert len({e["task"] for e in episodes}) == 30
-        fits = [in_line(step["subgoal"], step["action"]) for e in episodes for step in e["steps"]]
-        share = sum(fits) / len(fits)
-        print(f"{name}: {share:.1%} of {len(fits)} expert steps are in line")
-        assert share > 0.97
-
-
-@pytest.mark.parametrize(
-    "subgoal, action, fits",
-    [
-        ("navigate_to(kitchen)", "open door to hallway", True),
-        ("navigate_to(kitchen)", "focus on kitchen table", False),
-        ("pick_up(thermometer)", "pick up thermometer", True),
-        ("pick_up(thermometer)", "go to hallway", False),
-        ("pick_up(thermometer)", "pick up orange", False),
-        ("focus_on(red wire)", "focus on red wire", True),
-        ("focus_on(thermometer)", "pour book shelf into inventory", False),
-        ("fill(metal pot, water)", "activate sink", True),
-        ("move(egg, red box)", "look around", True),
-        ("move(egg, red box)", "wait1", True),
-    ],
-)
-def test_an_action_is_in_line_when_it_can_serve_its_sub_goal(subgoal, action, fits):
-    assert in_line(subgoal, action) is fits
 
 
 def test_experts_are_hardly_ever_called_stuck(experts):
@@ -193,69 +156,43 @@ def test_experts_are_hardly_ever_called_stuck(experts):
     assert sum(stuck) < 0.05 * sum(len(e["steps"]) for e in experts)
 
 
-def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need():
-    patient = [step(look=f"It is {n} o'clock.") for n in range(30)]
-    assert diagnose(episode("boil", 1, 0, steps=patient, ended="moves"))["stuck"] == []
-    told = diagnose(episode("boil", 1, 0, steps=[step()] * 12, ended="moves"))
-    assert told["stuck"] == [*range(STUCK, 12)]
-    twice = [*[step()] * STUCK, *[step("wait(longer)")] * STUCK]
-    assert diagnose(episode("boil", 1, 0, steps=twice, ended="moves"))["stuck"] == []
+@pytest.mark.parametrize("steps, stuck", [
+    ([step(look=f"It is {n} o'clock.") for n in range(30)], []),
+    ([step()] * 12, [*range(STUCK, 12)]),
+    ([step()] * STUCK + [step("wait(longer)")] * STUCK, []),
+])
+def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need(steps, stuck):
+    assert diagnose(episode("boil", 1, 0, steps=steps, ended="moves"))["stuck"] == stuck
 
 
-def test_the_diagnosis_names_the_step_at_which_an_episode_broke():
+@pytest.mark.parametrize("score, ended, ending, broke", [
+    (40, "loop", "loop", 4), (40, "moves", "out of moves", 4), (40, "done", "unsolved", 4), (0, "died", "died", 5),
+    (100, "done", "solved", None),
+])
+def test_the_diagnosis_names_the_step_at_which_an_episode_broke(score, ended, ending, broke):
     steps = [step(score=n) for n in (0, 20, 20, 40, 40, 40)]
-    circles = diagnose(episode("boil", 1, 40, steps=steps, ended="loop"))
-    assert circles["ending"] == "loop" and circles["broke"] == 4 and "circles" in circles["outcome"]
-    died = diagnose(episode("boil", 1, 0, steps=steps, ended="died"))
-    assert died["ending"] == "died" and died["broke"] == 5
-    solved = diagnose(episode("boil", 1, 100))
-    assert solved["ending"] == "solved" and solved["broke"] is None
+    told = diagnose(episode("boil", 1, score, steps=steps, ended=ended))
+    assert (told["ending"], told["broke"]) == (ending, broke)
 
 
-@pytest.mark.parametrize(
-    "actions, ending",
-    [
-        (["focus on cup"], "wrong focus"),
-        (["focus on seed", "0"], "wrong focus"),  # the answer to an ambiguous request
-        (["focus on wire", "move wire to red box"], "wrong move"),
-    ],
-)
-def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_path, actions, ending):
+@pytest.mark.parametrize("actions, ending, shares", [
+    (["focus on cup"], "wrong focus", "100% | 0%"),
+    (["focus on seed", "0"], "wrong focus", "100% | 0%"),  # the answer to an ambiguous request
+    (["focus on wire", "move wire to red box"], "wrong move", "0% | 100%"),
+])
+def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_path, actions, ending, shares):
     steps = [step("wait()"), *(step("focus_on(a)", action, -100) for action in actions)]
     failed = episode("boil", 1, 0, steps=steps, ended="failed")
     told = diagnose(failed)
-    assert told["ending"] == ending and told["broke"] == len(actions) and f"“{actions[-1]}” was" in told["outcome"]
-    shares = "100% | 0%" if ending == "wrong focus" else "0% | 100%"
+    assert (told["ending"], told["broke"]) == (ending, len(actions))
     assert f"| hierarchical | 0% | {shares} |" in report(tmp_path, [failed])
 
 
-def test_an_agent_without_sub_goals_is_neither_stuck_nor_out_of_line(tmp_path):
+def test_an_agent_without_sub_goals_is_never_stuck_at_one(tmp_path):
     flat = dict(agent="flat", subgoals="none", ended="moves", invalid=[0, 1], repaired=[1])
     lost = episode("boil", 1, 0, steps=[step(None)] * 20, **flat)
-    assert "| flat | 0% | 0% | 0% | 0% | 100% | 0% | 5% | 5% | | | 20.0 |" in report(tmp_path, [lost])
-
-
-# ---- Cost
-
-
-def test_the_teacher_is_paid_off_where_the_others_have_spent_more(tmp_path):
-    teacher = FREE | dict(calls=9, prompt_tokens=900_000, completion_tokens=100_000, dollars=2.0)
-    text = report(tmp_path, [episode("boil", 1, 100, teacher=teacher)])  # four moves an episode
-    assert "9 LLM calls, 1,000,000 tokens, $2.00" in text and "$2.00 for a million" in text
-    episodes = int(1_000_000 / (4 * PER_ACTION["SayCan"])) + 1
-    assert f"| SayCan (published) | 1,855.84 | 7,423 | $0.0148 | episode {episodes} |" in text
-
-
-@pytest.mark.parametrize(
-    "teacher, said",
-    [
-        (FREE, "ahead from the first episode"),
-        (FREE | dict(prompt_tokens=9, calls=1, dollars=None), "1 LLM calls, 9 tokens. Since"),
-    ],
-)
-def test_a_teacher_that_cost_nothing_or_an_unknown_price_is_said_to(tmp_path, teacher, said):
-    text = report(tmp_path, [episode("boil", 1, 100, teacher=teacher)])
-    assert said in text and "| SayCan (published) | 1,855.84 | 7,423 | episode 1 |" in text
+    assert "| flat | 0% | 0% | 0% | 0% | 100% | 0% | 5% | 5% | | 20.0 |" in report(tmp_path, [lost])
+    assert diagnose(lost)["stuck"] == []
 
 
 # ---- The page
@@ -286,7 +223,7 @@ def site(tmp_path_factory) -> str:
         episode("melt", 7, 5, steps=long, ended="moves", seen=False),
         episode("melt", 7, 1, steps=evil, agent=MARKUP, description=MARKUP, ended="moves", subgoals=MARKUP,
                 parameters={"executor": 10**8}, models="x", teacher=FREE | {"annotators": [MARKUP]}),
-    ]  # fmt: skip
+    ]
     write_report([written(folder, played)], folder / "report")
     return (folder / "report.html").as_uri()
 
@@ -316,42 +253,41 @@ def visit(page, address: str, agent="hierarchical", task="1-1 boil", variation=1
 
 def test_the_page_opens_with_all_its_plots_and_sections(page, site):
     visit(page, site)
-    for name in ("Scores", "Tasks", "Ablations and variants", "Score over moves",
-                 "Seen and unseen tasks", "Diagnosis", "Cost", "Replay"):  # fmt: skip
+    for name in ("Scores", "Tasks", "Ablations and variants", "Seen and unseen tasks", "Diagnosis", "Cost",
+                 "Score over moves", "Replay"):
         assert page.get_by_role("heading", name=name, exact=True).is_visible()
-    assert page.locator("figure svg[role=img]").count() == 2
+    drawn = page.locator(".curve").evaluate_all("all => all.map(e => e.getBBox()).map(box => [box.width, box.y])")
+    assert [pytest.approx(place, abs=1) for place in drawn] == [[600, 140], [600, 198]]
+
+
+def test_a_curve_holds_the_last_score_of_what_has_ended(tmp_path):
+    scores = [(10, 20, 50), (40, -100), (100,)]
+    played = [episode("boil", n, 0, steps=[step(score=score) for score in each]) for n, each in enumerate(scores)]
+    assert over_moves(gather([written(tmp_path, played)])) == {"hierarchical": [0, 50, 40, 50]}
 
 
 def test_buttons_and_arrow_keys_step_through_the_replay(page, site):
     visit(page, site)
     expect(page.locator("#place")).to_have_text("Step 1 of 4, score 100 (+100)")
     for press, number in [("ArrowRight", 2), ("ArrowRight", 3), ("ArrowLeft", 2), (None, 3), ("ArrowRight", 4),
-                          ("ArrowRight", 4)]:  # fmt: skip
+                          ("ArrowRight", 4)]:
         page.keyboard.press(press) if press else page.get_by_role("button", name="on ›").click()
         expect(page.locator("#place")).to_contain_text(f"Step {number} of 4")
     assert "3 o'clock" in page.locator("#look").inner_text()
 
 
-def test_another_episode_can_be_picked_and_its_actions_stand_under_their_sub_goals(page, site):
+def test_actions_stand_under_their_sub_goals_and_what_went_wrong_is_said(page, site):
     visit(page, site, variation=2)
-    expect(page.locator("#place")).to_contain_text("of 2")
+    expect(page.locator("#outcome")).to_have_text("Score 0: wrong focus, went wrong at step 2.")
     listed = page.locator("#actions li").all_inner_texts()
     assert listed == ["navigate_to(kitchen)", "1 go to kitchen", "focus_on(pot)", "2 focus on cup"]
     bands = page.locator("#actions .goal").evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
-    assert len(set(bands)) == 2
+    assert len(set(bands)) == 2 and "stood in" in page.locator("#wrong").inner_text()
     page.get_by_role("button", name="2 focus on cup").click()
     assert page.locator("#action").inner_text() == "focus on cup" and "-100" in page.locator("#place").inner_text()
+    assert page.locator("#wrong").inner_text() == "here the episode broke: wrong focus"
     visit(page, site, task="1-2 melt", variation=7)
     expect(page.locator("#place")).to_contain_text("of 100")
-
-
-def test_the_replay_says_where_an_episode_went_wrong(page, site):
-    visit(page, site, variation=2)
-    expect(page.locator("#outcome")).to_contain_text("failed for good at step 2: “focus on cup” was wrong")
-    assert "stood in" in page.locator("#wrong").inner_text()
-    page.keyboard.press("ArrowRight")
-    said = page.locator("#wrong").inner_text()
-    assert "does not serve its sub-goal" in said and "here the episode broke" in said
 
 
 def test_text_from_an_episode_never_becomes_markup(page, site):
@@ -361,43 +297,37 @@ def test_text_from_an_episode_never_becomes_markup(page, site):
     assert page.locator("img").count() == page.locator("main b").count() == 0
     assert page.locator("option", has_text=MARKUP).count() == 1
     assert page.locator("th", has_text=MARKUP).count() >= 2
-    assert page.locator("figure text", has_text="$x$").count() >= 1
+    assert page.locator("figcaption span", has_text=MARKUP).count() == 1
     assert page.evaluate("document.querySelectorAll('script').length") == 2
 
 
-CONTRASTS = """() => {
-  const pen = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const luminance = color => {
-    pen.fillStyle = color;
-    pen.fillRect(0, 0, 1, 1);
-    const parts = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(part => part / 255);
-    const [red, green, blue] = parts.map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const text = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("").trim();
-    if (!text || !element.checkVisibility() || element.tagName === "SCRIPT") continue;
-    let behind = element;
-    while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
-    const style = getComputedStyle(element);
-    const ink = luminance(element.namespaceURI.endsWith("svg") ? style.fill : style.color);
-    const page = luminance(getComputedStyle(behind).backgroundColor);
-    found.push([(Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05), text]);
-  }
-  return found;
-}"""
+COLOURS = """() => [...document.querySelectorAll("body *")].flatMap(element => {
+  const said = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  if (!said || !element.checkVisibility() || element.tagName === "SCRIPT") return [];
+  let behind = element;
+  while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+  const style = getComputedStyle(element);
+  return [[element instanceof SVGElement ? style.fill : style.color, getComputedStyle(behind).backgroundColor]];
+})"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_can_be_read_in_light_and_in_dark(page, site, scheme):
+def luminance(colour: str) -> float:
+    """Of an rgb() colour, as WCAG defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme, behind", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 23, 27)")])
+def test_all_text_can_be_read_in_light_and_in_dark(page, site, scheme, behind):
     page.emulate_media(color_scheme=scheme)
     visit(page, site, variation=2)
     expect(page.locator("#place")).to_contain_text("of 2")
-    contrasts = page.evaluate(CONTRASTS)
-    assert len(contrasts) > 100 and min(contrasts)[0] >= 4.5, min(contrasts)
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
-    assert dark == (scheme == "dark")
+    colours = page.evaluate(COLOURS)
+    assert len(colours) > 100 and behind in {background for _, background in colours}
+    for pair in colours:
+        dark, light = sorted(map(luminance, pair))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
 
 
 @pytest.mark.parametrize("width", [1280, 400])
