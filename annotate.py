@@ -1,9 +1,6 @@
 #!/usr/bin/env python3
 """Stage 1: expert trajectories, each step labelled with the sub-goal that it serves.
 
-Collects the gold paths of ScienceWorld tasks, replays each in the same load of the simulator that produced it,
-keeps the state before and the outcome after every action, and names the sub-goals.
-
     reads   the simulator, or --input, a file of trajectories collected before; prompts/examples.jsonl;
             for `--annotator llm` also prompts/annotate*.jinja and an OpenAI-compatible server
     writes  --output, one episode a line (the record is `Episode`, below); OUTPUT.command.json, what made it;
@@ -16,8 +13,7 @@ keeps the state before and the outcome after every action, and names the sub-goa
     python annotate.py --annotator llm --base-url http://localhost:8000/v1 --llm NAME --tasks all --output all.jsonl
     python annotate.py --report all.jsonl
 
-A run that was stopped goes on where it was when the same command is given again. No answer that has arrived is paid
-for twice; questions that were under way when the program was killed are asked again.
+A run that was stopped goes on when the same command is given again. No answer that has arrived is paid for twice.
 """
 
 import argparse
@@ -26,7 +22,6 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import queue
 import re
@@ -63,9 +58,10 @@ JAVA_OPTIONS = ["-Xmx768m", "-Xmn320m", "-XX:+UseSerialGC"]
 TRIES = 3  # simulators that may die over one trajectory before it is left out
 PATIENCE = 300  # seconds for one trajectory (the longest take 20), before its simulator counts as hung
 COVERED = 0.8  # a trajectory of which less fits another one's segmentation does not get it
-NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
+NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 408, 409, 429, 5xx, broken connections
 ANSWER_TOKENS = 200, 60  # room for an answer: this many, and this many more for each action
 IN_VAIN = 10  # unreadable answers, and not a good one, after which a server is asked no more
+# Errors that every question would meet; the others are about the one question.
 FOR_ALL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.APIConnectionError)
 REMEDY = "Check OPENAI_API_KEY, --llm, --base-url and the account, then give the same command again."
 CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
@@ -499,8 +495,8 @@ def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the teacher is asked, and the one form that an answer has: to change it, change these functions and
-# prompts/annotate*.jinja.
+# The teacher: what it is asked and the one form that its answers have, in these functions and prompts/annotate*.jinja;
+# and `Teacher`, which asks any OpenAI-compatible server.
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
@@ -545,10 +541,6 @@ def messages_for(episode: Episode, examples: list[Episode]) -> list[dict]:
         if shown is not episode:
             messages.append({"role": "assistant", "content": answer_for(actions_of(shown), labels_of(shown))})
     return messages
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher: any OpenAI-compatible server. Its client retries 408, 409, 429, 5xx and broken connections by itself.
 
 
 class Teacher:
@@ -607,7 +599,7 @@ class Teacher:
 
     def ask(self, episode: Episode, request: dict) -> dict | None:
         """Put a question and the response on the disk; its record, or None without a response."""
-        if self.spent >= self.args.max_cost:
+        if self.args.max_cost is not None and self.spent >= self.args.max_cost:
             self.halted = (f"stopped at ${self.spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command "
                            "with a higher one goes on.")
         if self.halted:
@@ -684,9 +676,9 @@ def dollars(price: tuple[float, float], usage: dict) -> float:
 def bill(records: list[dict]) -> dict:
     """Calls, tokens and dollars of some responses; dollars are None if a price is unknown."""
     usages = [record["response"].get("usage") or {} for record in records if isinstance(record["response"], dict)]
+    read, written = (sum(usage.get(f"{kind}_tokens") or 0 for usage in usages) for kind in ("prompt", "completion"))
     costs = [record["dollars"] for record in records]
-    return {"calls": len(records),
-            **{kind: sum(usage.get(kind) or 0 for usage in usages) for kind in ("prompt_tokens", "completion_tokens")},
+    return {"calls": len(records), "prompt_tokens": read, "completion_tokens": written,
             "dollars": None if None in costs else sum(costs)}
 
 
@@ -753,7 +745,7 @@ def describe(path: str | Path, episodes: list[Episode]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: durable lines, and beside each output one record of what made it.
+# Plumbing: durable files, beside each output one record of what made it, and threads that have a simulator each.
 
 
 def stop(message: str, code: int):
@@ -868,30 +860,24 @@ def digest(*things) -> str:
 
 def claim(record: Path, command: dict, output: str | Path):
     """Write down what makes an output; end the program if something else has made what there is of it."""
-    output = Path(output)
+    output, command = Path(output), json.loads(json.dumps(command))
     if output.is_dir():
         begun = any(path != record for path in output.iterdir())
     else:
         begun = output.exists() and output.stat().st_size > 0
-    if not begun:
-        try:
+    try:
+        if not begun:
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(command, indent=1) + "\n")
-        except OSError as error:
-            fail(f"{record} cannot be written ({error.strerror}). Name another --output.")
-    try:
         before = json.loads(record.read_text())
     except (OSError, ValueError):
-        fail(f"{output} is there, and no {record} says what made it. Delete it, or name another --output.")
-    for name, value in json.loads(json.dumps(command)).items():
+        fail(f"{record}, which says what made {output}, is missing or not ours to write. Delete {output}, or name "
+             "another --output.")
+    for name, value in command.items():
         if (old := before.get(name)) != value:
             hashed = all(re.fullmatch("[0-9a-f]{16}|None", str(one)) for one in (old, value))
             told = f"another version of {name}" if hashed else f"{name} {old}, this run has {value}"
             fail(f"{output} was made with {told}. Delete it, or name another --output.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Threads, each with a simulator.
 
 
 def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: float = 60) -> Iterator:
@@ -1035,19 +1021,19 @@ def dry_run(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, 
 def made_by(args: argparse.Namespace) -> dict:
     """What decides what stands in the output: a run goes on only with an output that was made by the same."""
     llm, carries = args.annotator == "llm", args.annotator == "examples" or args.propagate
+    rules = RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks, room_of
+    carrying = VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced, annotate_by_examples
+    prompts = *sorted(PROMPTS.glob("annotate*.jinja")), SUBGOAL, numbered, schema_for, messages_for, worked_examples
     return {
         "annotator": args.llm if llm else args.annotator,
         "split": args.split,
         "simplifications": SIMPLIFICATIONS,
         "the collecting code": digest(collect, Game),
         "input": digest(Path(args.input)) if args.input else None,
-        "rules": digest(RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks,
-                        room_of) if carries or args.annotator == "rules" else None,
-        "carrying over": digest(VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced,
-                                annotate_by_examples) if carries else None,
+        "rules": digest(*rules) if carries or args.annotator == "rules" else None,
+        "carrying over": digest(*carrying) if carries else None,
         "examples": digest(Path(args.examples)) if carries or llm else None,
-        "prompts": digest(*sorted(PROMPTS.glob("annotate*.jinja"))) if llm else None,
-        "the form of the answer": digest(SUBGOAL, numbered, schema_for, messages_for) if llm else None,
+        "prompts": digest(*prompts) if llm else None,
         "temperature": args.temperature if llm else None,
     }
 
@@ -1131,8 +1117,8 @@ def parse_args() -> argparse.Namespace:
     add("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
     add("--output", help="the JSONL file to write; an unfinished one is gone on with")
     add("--annotator", choices=["rules", "examples", "llm", "keep"], default="examples",
-        help="who names the sub-goals: the embedded table, the hand-written examples of the task carried over "
-             "(default), an LLM, or whoever named those of --input, whose episodes of 100 points are kept as they are")
+        help="who names the sub-goals: the embedded table, the hand-written examples carried over (default), an LLM; "
+             "keep those of --input as they are, of its episodes of 100 points")
     add("--examples", default=EXAMPLES, metavar="FILE", help="what is imitated (default: prompts/examples.jsonl)")
     add("--workers", type=positive, default=cores(), metavar="N", help="simulators, 1 GB each (default: one a core)")
     add("--report", nargs="+", metavar="FILE", help="only report on these annotated files")
@@ -1143,19 +1129,17 @@ def parse_args() -> argparse.Namespace:
     add("--propagate", nargs="?", type=positive, const=1, metavar="K",
         help="ask about K trajectories of each task (default: 1); the others take over their sub-goals")
     add("--price", type=prices, metavar="READ,WRITTEN", help="dollars per million tokens (default: these are counted)")
-    add("--max-cost", type=float, default=math.inf, metavar="DOLLARS",
-        help="ask nothing more once the answers have cost so much (those under way still come); needs --price")
+    add("--max-cost", type=float, metavar="DOLLARS", help="ask nothing more once so much is spent; needs --price")
     add("--concurrency", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
     add("--timeout", type=float, default=120, metavar="SECONDS", help="for one answer (default: 120)")
-    add("--answer-tokens", type=positive, metavar="N",
-        help="where an answer is cut off; more for models that reason first (default: by the number of actions)")
+    add("--answer-tokens", type=positive, metavar="N", help="room for an answer (default: by the number of actions)")
     add("--temperature", type=float, metavar="T", help="0 repeats best, but not every model takes it")
     args = parser.parse_args()
     if not args.report and not args.output:
         parser.error("--output is needed: the JSONL file to write")
     if args.annotator == "keep" and not args.input:
         parser.error("--annotator keep needs --input: the episodes whose sub-goals are kept")
-    if args.max_cost < math.inf and not args.price:
+    if args.max_cost is not None and not args.price:
         parser.error("--max-cost needs --price: dollars per million tokens read and written")
     if args.annotator != "llm" and (args.dry_run or args.propagate or args.price) and not args.report:
         parser.error("--dry-run, --propagate, --price and --max-cost need --annotator llm")

@@ -14,8 +14,8 @@ from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 
 import annotate
 from annotate import (
-    EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, JsonLines, Simulator, SimulatorDied, agreement,
-    annotate_by_examples, annotate_by_rules, collect_all, labels_of, read_episodes, resolve_tasks
+    EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, Simulator, agreement, annotate_by_examples, annotate_by_rules,
+    collect_all, labels_of, read_episodes, resolve_tasks
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
@@ -105,38 +105,26 @@ def test_agreement_counts_boundaries_and_names():
 # ---- What is annotated
 
 
-def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be_left_out():
+def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be_left_out(tmp_path):
     assert resolve_tasks("7-1, 4-2,boil") == ["boil", "find-non-living-thing", "lifespan-longest-lived"]
     assert len(resolve_tasks("4")) == 4 and len(resolve_tasks("1")) == 4 and len(resolve_tasks("all")) == 30
     assert resolve_tasks("1,-melt,-1-1") == ["freeze", "change-the-state-of-matter-of"]
-
-
-def test_an_unknown_task_is_refused_with_the_nearest_names(tmp_path):
     refused = run("annotate.py", "--tasks", "boyl", "--output", tmp_path / "x.jsonl", code=2)
-    assert "'boyl'" in refused.stderr and "boil" in refused.stderr.replace("boyl", "") and not list(tmp_path.iterdir())
+    assert "no task 'boyl'; the nearest are boil," in refused.stderr and not list(tmp_path.iterdir())
 
 
-def write(path: Path, episodes: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
-    return path
-
-
-def test_of_an_input_file_the_lowest_variations_are_taken_whatever_its_order(data, tmp_path):
-    backwards = sorted(read_episodes(data), key=lambda episode: -episode["variation"])
-    shuffled, output = write(tmp_path / "shuffled.jsonl", backwards), tmp_path / "out.jsonl"
-    run("annotate.py", "--input", shuffled, "--tasks", "7-1", "--variations", 2, "--output", output)
-    assert [episode["variation"] for episode in read_episodes(output)] == [0, 1]
-
-
-def test_what_an_agent_has_solved_can_be_kept_for_training(data, tmp_path):
-    ordered = sorted(read_episodes(data), key=lambda episode: (episode["task"], episode["variation"]))
-    episodes = [{**episode, "score": 100 - 50 * (i % 2)} for i, episode in enumerate(ordered)]
-    del episodes[0]["annotator"]
-    played, output = write(tmp_path / "played.jsonl", episodes), tmp_path / "solved.jsonl"
-    said = run("annotate.py", "--input", played, "--annotator", "keep", "--tasks", "all,-7-1", "--output", output)
-    kept = [e for e in episodes if e["score"] == 100 and e["task"] != "lifespan-longest-lived"]
+def test_of_what_an_agent_has_played_the_lowest_solved_variations_can_be_kept_for_training(data, tmp_path):
+    ordered = sorted(read_episodes(data), key=lambda episode: episode["variation"])
+    episodes = [{**episode, "score": 100 - episode["variation"] % 3} for episode in ordered]
+    del episodes[0]["annotator"], episodes[1]["annotator"]
+    played, output = tmp_path / "played.jsonl", tmp_path / "solved.jsonl"
+    played.write_text("".join(json.dumps(episode) + "\n" for episode in reversed(episodes)))
+    said = run("annotate.py", "--input", played, "--annotator", "keep", "--tasks", "all,-7-1", "--output", output,
+               "--variations", 3)
+    mine = [episode for episode in episodes if episode["task"] == "find-non-living-thing"][:3]
+    kept = [episode for episode in mine if episode["score"] == 100]
     assert read_episodes(output) == [{**e, "annotator": e.get("annotator", "agent")} for e in kept]
-    assert "end below 100" in said.stdout
+    assert f"{3 - len(kept)} dropped, as they end below 100" in said.stdout and 0 < len(kept) < 3
 
 
 # ---- Files
@@ -178,9 +166,6 @@ def test_a_foreign_file_named_as_output_is_refused_and_keeps_every_byte(tmp_path
     path.write_text(text)
     refused = run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", path, code=2)
     assert "name another" in refused.stderr.lower() and path.read_text() == text
-    with pytest.raises(SystemExit):
-        JsonLines(path)
-    assert path.read_text() == text
 
 
 def test_an_output_of_another_annotator_or_of_rules_since_edited_is_refused_and_can_be_made_anew(tmp_path):
@@ -231,18 +216,3 @@ def test_a_jvm_that_is_killed_while_collecting_costs_nothing_and_ctrl_c_leaves_n
     assert process.wait(timeout=30) == 130 and not any(map(alive, after))
     variations = sorted(episode["variation"] for episode in read_episodes(path))
     assert variations == list(range(len(variations)))
-
-
-def test_a_hung_simulator_is_noticed_and_the_next_game_has_a_new_one():
-    simulator = Simulator(timeout=60)
-    with simulator.watched():
-        game = simulator.game()
-    hung, simulator.timeout = simulator.pid, 1
-    os.kill(hung, signal.SIGSTOP)
-    with pytest.raises(SimulatorDied, match="gave no answer for 1 s"), simulator.watched():
-        game.load("boil", 0)
-    simulator.timeout = 60
-    with simulator.watched():
-        assert "boil" in simulator.game().load("boil", 0)
-    assert simulator.pid != hung and not alive(hung)
-    simulator.close()

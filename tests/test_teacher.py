@@ -43,7 +43,12 @@ class House:
     def __init__(self, folder: Path):
         self.folder, self.input, self.output = folder, folder / "input.jsonl", folder / "out.jsonl"
         self.script = ROOT / "annotate.py"
-        self.source = ["--input", self.input]
+        self.source, self.servers = ["--input", self.input], []
+
+    def serve(self, **settings) -> Server:
+        """A server that runs until the test is over."""
+        self.servers.append(Server(**settings))
+        return self.servers[-1]
 
     def start(self, server: Server | None, *more, key: str = KEY, limit: int | str = "unlimited") -> subprocess.Popen:
         """Start the command, with `limit` blocks of 1,024 bytes that a file may have."""
@@ -78,32 +83,21 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path) -> House:
-    return House(tmp_path)
-
-
-@pytest.fixture
-def serve():
-    """Starts servers, and closes them when the test is over."""
-    servers = []
-
-    def start(**settings) -> Server:
-        servers.append(Server(**settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
+def house(tmp_path):
+    house = House(tmp_path)
+    yield house
+    for server in house.servers:
         server.close()
 
 
 # ---- A server that misbehaves
 
 
-def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_listed_and_asked_again(house, serve):
+def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_listed_and_asked_again(house):
     faults = [*BEFORE_THE_ANSWER, "truncated", "ignored", "nothing", "no completion", "too long"]
     episodes = trajectories(house.input, 80)
     fault_of = dict(zip((e["description"] for e in episodes[::4]), cycle(faults), strict=False))
-    server = serve(faults=fault_of.get, key=KEY)
+    server = house.serve(faults=fault_of.get, key=KEY)
     text = house.annotate(server, "--concurrency", 16, "--timeout", 2, code=1)
     refused = {task for task, fault in fault_of.items() if fault == "too long"}
     undone = refused | {task for task, fault in fault_of.items() if fault not in BEFORE_THE_ANSWER}
@@ -124,9 +118,9 @@ def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_liste
 
 @pytest.mark.parametrize("fault, words, most", [
     ("ignored", "none of 10 answers could be read", 10), ("no quota", "exceeded your current quota", 9)])
-def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, serve, fault, words, most):
+def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, fault, words, most):
     trajectories(house.input, 40)
-    server = serve()
+    server = house.serve()
     server.always = fault
     text = house.annotate(server, "--concurrency", 1, code=1)
     assert words in text.splitlines()[-1] and len(server.times) == most
@@ -135,9 +129,9 @@ def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, serve, fa
 # ---- Deaths
 
 
-def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house, serve):
+def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house):
     episodes = trajectories(house.input, 120, longest=25)
-    server, moments, kept = serve(seconds=0.1), random.Random(7), []
+    server, moments, kept = house.serve(seconds=0.1), random.Random(7), []
     for _ in range(4):
         goal = len(house.responses()) + moments.randrange(1, 8)
         process = house.start(server, "--concurrency", 8)
@@ -155,22 +149,24 @@ def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house, serve):
     assert sum(server.paid.values()) <= 120 + 4 * 8
 
 
-def test_lines_torn_by_a_kill_are_cut_off_and_whole_ones_kept(house, serve):
-    episodes, server = trajectories(house.input, 6), serve()
+def test_of_a_torn_file_a_report_reads_what_is_whole_and_a_run_asks_for_the_rest(house):
+    episodes, server = trajectories(house.input, 6), house.serve()
     house.annotate(server, "--concurrency", 1)
-    for name in ("out.jsonl", "out.responses.jsonl"):
-        path = house.folder / name
-        lines = path.read_text().splitlines(True)
-        path.write_text("".join(lines[:-1]) + lines[-1][:50])
+    responses = house.folder / "out.responses.jsonl"
+    torn = responses.read_bytes()[:-50]
+    responses.write_bytes(torn)
+    assert "5 calls" in house.annotate(None, "--report", house.output) and responses.read_bytes() == torn
+    house.output.unlink()
     house.annotate(server)
     house.check(episodes)
     assert sorted(server.paid.values()) == [1, 1, 1, 1, 1, 2], "only the answer that was torn may be asked for again"
 
 
-def test_ctrl_c_waits_for_the_answers_under_way(house, serve):
-    episodes, server = trajectories(house.input, 60), serve(seconds=1)
+def test_a_second_run_is_refused_and_ctrl_c_waits_for_the_answers_under_way(house):
+    episodes, server = trajectories(house.input, 60), house.serve(seconds=1)
     process = house.start(server, "--concurrency", 6)
     wait_until(lambda: len(server.times) >= 6, process)
+    assert "another run" in house.annotate(server, code=2)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "The same command goes on" in text and "Traceback" not in text
@@ -181,32 +177,17 @@ def test_ctrl_c_waits_for_the_answers_under_way(house, serve):
     assert sum(server.paid.values()) == 60
 
 
-def test_on_a_full_disk_no_more_is_asked(house, serve):
+def test_on_a_full_disk_no_more_is_asked(house):
     trajectories(house.input, 60)
-    server = serve(seconds=0.05)
+    server = house.serve(seconds=0.05)
     process = house.start(server, "--concurrency", 4, limit=20)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Make room" in text and "Traceback" not in text
     assert len(server.times) <= len(house.responses()) + 4
 
 
-def test_two_runs_on_one_output_are_refused_and_a_report_may_look_on(house, serve):
-    trajectories(house.input, 20)
-    server = serve(seconds=1)
-    process = house.start(server, "--concurrency", 2)
-    wait_until(lambda: len(house.responses()) >= 4, process)
-    assert "another run" in house.annotate(server, code=2)
-    process.send_signal(signal.SIGSTOP)
-    with (house.folder / "out.responses.jsonl").open("a") as file:
-        file.write('{"task": "under way')
-    assert "the LLM: " in house.annotate(None, "--report", house.output)
-    assert (house.folder / "out.responses.jsonl").read_text().endswith('{"task": "under way')
-    process.kill()
-    process.communicate()
-
-
-def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house, serve):
-    server, store = serve(seconds=0.3), house.folder / "out.trajectories.jsonl"
+def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house):
+    server, store = house.serve(seconds=0.3), house.folder / "out.trajectories.jsonl"
     house.source = ["--tasks", "7-1", "--variations", 4, "--workers", 1, "--concurrency", 1]
     process = house.start(server)
     wait_until(lambda: len(house.responses()) >= 2, process)
@@ -222,8 +203,8 @@ def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house, ser
 # ---- What was asked
 
 
-def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house, serve):
-    episodes, server = trajectories(house.input, 5), serve()
+def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house):
+    episodes, server = trajectories(house.input, 5), house.serve()
     shutil.copytree(ROOT / "prompts", house.folder / "prompts")
     house.script = Path(shutil.copy(ROOT / "annotate.py", house.folder))
     system = house.folder / "prompts" / "annotate_system.jinja"
@@ -265,8 +246,9 @@ def test_a_question_shows_boiling_water_then_an_example_of_the_same_task_type():
 # ---- Money and keys
 
 
-def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house, serve):
-    episodes, server = trajectories(house.input, 50), serve(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
+def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house):
+    episodes = trajectories(house.input, 50)
+    server = house.serve(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
     text = house.annotate(server, "--max-cost", 0.05, "--concurrency", 4, code=1)
     spent = sum(record["dollars"] for record in house.responses())
     assert spent == pytest.approx(0.002 * sum(server.paid.values())) and f"written, ${spent:.4f}" in text
@@ -279,9 +261,9 @@ def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house, serve):
     assert sum(server.paid.values()) == 50
 
 
-def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house, serve):
+def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house):
     trajectories(house.input, 20)
-    server, nowhere = serve(key=KEY), serve()
+    server, nowhere = house.serve(key=KEY), house.serve()
     nowhere.close()
     for words, at, *more, key in [
         ("there is no key", None, ""),
@@ -296,9 +278,9 @@ def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house,
     assert not server.times and not house.responses()
 
 
-def test_the_key_is_in_no_file_and_no_message(house, serve):
+def test_the_key_is_in_no_file_and_no_message(house):
     episodes = trajectories(house.input, 12)
-    server = serve(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
+    server = house.serve(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
     house.annotate(server, code=1)
     assert "[key]" in (house.folder / "out.responses.jsonl").read_text()
     server.always = "echo"
@@ -307,9 +289,9 @@ def test_the_key_is_in_no_file_and_no_message(house, serve):
         assert KEY not in path.read_text()
 
 
-def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house, serve):
+def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house):
     trajectories(house.input, 20)
-    server = serve()
+    server = house.serve()
     text = house.annotate(server, "--dry-run", key="")
     assert "20 calls" in text and "Nothing was sent" in text
     assert text.count("Sub-goals:") == 3 and "navigate_to(kitchen)" in text
@@ -323,8 +305,8 @@ def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house, serve):
 # ---- Once per task
 
 
-def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house, serve):
-    episodes, server = trajectories(house.input, 120), serve()
+def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house):
+    episodes, server = trajectories(house.input, 120), house.serve()
     house.annotate(server, "--propagate", 1)
     annotated = read_episodes(house.output)
     carried = [e for e in annotated if e["answer"] == "carried over"]
