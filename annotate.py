@@ -159,7 +159,7 @@ class Simulator:
             self.gateway = None
             if self.closed:
                 raise SystemExit from error  # nobody waits for this thread any more
-            raise SimulatorDied(f"died, or gave no answer for {self.timeout:g} s") from error
+            raise SimulatorDied(f"gave no answer for {self.timeout:g} s, or died") from error
         finally:
             watch.cancel()
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
 
 def whole_lines(path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def episode_of(actions: str, labels: list | None = None, description: str = "") -> dict:
+    """An episode of some actions, divided by commas. A look shows the room that the walks led to."""
+    steps, room = [], "hallway"
+    for action, label in zip(actions.split(", "), labels or repeat(None), strict=False):
+        steps.append({"action": action, "subgoal": label, "look": f"This room is called the {room}. In it, you see:"})
+        room = action.removeprefix("go to ") if action.startswith("go to ") else room
+    return {"description": description, "steps": steps}
 
 
 # ---- The record and the sub-goals
@@ -52,41 +62,29 @@ def test_all_30_tasks_give_a_trajectory_in_the_one_record(tmp_path):
      ["navigate_to(bedroom)"] * 2 + ["navigate_to(kitchen)"] * 3),
 ])
 def test_rules_name_what_some_actions_are_for(actions, subgoals):
-    steps, room = [], "hallway"
-    for action in actions.split(", "):
-        steps.append({"action": action, "look": f"This room is called the {room}. In it, you see:"})
-        room = action.removeprefix("go to ") if action.startswith("go to ") else room
-    assert labels_of(annotate_by_rules({"steps": steps})) == subgoals
+    assert labels_of(annotate_by_rules(episode_of(actions))) == subgoals
 
 
 def test_carrying_over_renames_objects_and_follows_longer_walks_and_waits():
-    def episode(description: str, *actions: str, subgoals=()) -> dict:
-        labels = [name for name, count in subgoals for _ in range(count)] or [None] * len(actions)
-        return {"description": description, "steps": [
-            {"action": action, "subgoal": label, "look": ""} for action, label in zip(actions, labels, strict=True)]}
-
-    subgoals = [("navigate_to(kitchen)", 2), ("find(metal pot)", 2), ("wait()", 1), ("heat(water, metal pot)", 2)]
-    source = episode("boil water", "open door to kitchen", "go to kitchen", "open cupboard", "pick up metal pot",
-                     "wait1", "move metal pot to stove", "activate stove", subgoals=subgoals)
-    other = episode("boil lead", "open door to hallway", "go to hallway", "open door to foundry", "go to foundry",
-                    "open drawer", "pick up tin cup", "wait1", "wait1", "wait1", "move tin cup to blast furnace",
-                    "activate blast furnace")
-    labels = labels_of(annotate_by_examples([source], other))
-    assert labels == ["navigate_to(foundry)"] * 4 + ["find(tin cup)"] * 2 + ["wait()"] * 3 + ["heat(lead, tin cup)"] * 2
-    stranger = annotate_by_examples([source], episode("x", "read book", "eat apple", "dunk cup into bath"))
+    source = episode_of(
+        "open door to kitchen, go to kitchen, open cupboard, pick up metal pot, wait1, move metal pot to stove, "
+        "activate stove", ["navigate_to(kitchen)"] * 2 + ["find(metal pot)"] * 2 + ["wait()"] +
+        ["heat(water, metal pot)"] * 2, "boil water")
+    other = episode_of(
+        "open door to hallway, go to hallway, open door to foundry, go to foundry, open drawer, pick up tin cup, "
+        "wait1, wait1, wait1, move tin cup to blast furnace, activate blast furnace", description="boil lead")
+    assert labels_of(annotate_by_examples([source], other)) == (
+        ["navigate_to(foundry)"] * 4 + ["find(tin cup)"] * 2 + ["wait()"] * 3 + ["heat(lead, tin cup)"] * 2)
+    stranger = annotate_by_examples([source], episode_of("read book, eat apple, dunk cup into bath"))
     assert stranger["answer"] == "rules" and labels_of(stranger)[0] == "read(book)"
 
 
 def test_the_embedded_annotators_agree_with_the_hand_as_the_readme_says(tmp_path):
-    examples = read_episodes(EXAMPLES)
-    siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
-    rules = agreement([(labels_of(annotate_by_rules(e)), labels_of(e)) for e in examples])
-    carried = agreement([(labels_of(annotate_by_examples(of, e)), labels_of(e)) for e, of in siblings if of])
-    assert (round(rules["F1"], 3), round(rules["same sub-goal"], 3)) == (0.965, 0.621)
-    assert (round(carried["F1"], 3), round(carried["same sub-goal"], 3)) == (0.974, 0.842)
     run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", tmp_path / "mine.jsonl")
     report = run("annotate.py", "--report", tmp_path / "mine.jsonl").stdout
-    assert re.findall(r"(?:of these files|rules) \(47\) +(?:.*)F1 (\S+)", report) == ["0.97", "0.97"]
+    mine, rules, rules_of_two, held_out = re.findall(r"F1 (\S+) .*same sub-goal (\S+)", report)
+    assert mine == rules == ("0.97", "0.62")
+    assert (rules_of_two, held_out) == (("0.96", "0.64"), ("0.97", "0.84"))
 
 
 def test_a_path_that_falls_short_is_played_in_another_load(monkeypatch):
