@@ -100,6 +100,11 @@ class Episode(TypedDict):
 EPISODE_FIELDS, STEP_FIELDS = (record.__required_keys__ for record in (Episode, Step))
 
 
+def pair_of(episode: Episode) -> tuple[str, int]:
+    """Which trajectory it is: task and variation."""
+    return episode["task"], episode["variation"]
+
+
 def actions_of(episode: Episode) -> list[str]:
     return [step["action"] for step in episode["steps"]]
 
@@ -525,10 +530,10 @@ def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
 
     Where none of them is left, the next in the file: its tasks stand in the benchmark's order, likes side by side.
     """
-    others = [e for e in examples if (e["task"], e["variation"]) != (episode["task"], episode["variation"])]
+    others = [e for e in examples if pair_of(e) != pair_of(episode)]
     same = [e for e in others if e["task"] == episode["task"]]
     ranked = [e for e in others if e["task"] == "boil"][:1] + same + others
-    return list({(e["task"], e["variation"]): e for e in ranked}.values())[:2]
+    return list({pair_of(e): e for e in ranked}.values())[:2]
 
 
 def messages_for(episode: Episode, examples: list[Episode]) -> list[dict]:
@@ -555,7 +560,7 @@ class Teacher:
         self.check()
         self.lock = threading.Lock()  # one thread at a time writes files
         self.halted = ""  # the first reason to ask no more, as a sentence
-        self.undone: list[str] = []  # trajectories without an answer, and why
+        self.undone: dict[tuple, str] = {}  # why a trajectory, by task and variation, has no answer
         self.read = Counter()  # answers of this run, by whether they could be read
         self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
         self.answers = defaultdict(list)  # what was asked, as a digest: the records of the responses
@@ -592,7 +597,7 @@ class Teacher:
             labels = read_response(record["response"], actions)
             self.read[bool(labels)] += 1
             if not labels:
-                self.undone.append(f"{episode['task']} {episode['variation']}: the answer cannot be read")
+                self.undone[pair_of(episode)] = "the answer cannot be read"
             if self.read[False] >= IN_VAIN and not self.read[True]:
                 self.halted = f"stopped, as none of {IN_VAIN} answers could be read."
         return labelled(episode, labels, answer="asked", usage=bill(known)) if labels else None
@@ -609,7 +614,7 @@ class Teacher:
             raw = self.client.chat.completions.with_raw_response.create(**request, max_completion_tokens=tokens)
         except openai.APIError as error:
             reason = self.explain(error)
-            self.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
+            self.undone[pair_of(episode)] = reason
             if type(error) in FOR_ALL or error.code == "insufficient_quota":
                 self.halted = f"stopped, as the server does not work any more ({reason}). {REMEDY}"
             return None
@@ -707,12 +712,12 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
 
 def report_agreement(annotated: list[Episode], examples: list[Episode]):
     """Print how far annotated trajectories of the hand-written examples are from them, and the embedded annotators."""
-    by_hand = {(e["task"], e["variation"], *actions_of(e)): e for e in examples}
+    by_hand = {(*pair_of(e), *actions_of(e)): e for e in examples}
     siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
     paired = [(e, others) for e, others in siblings if others]
     of_two = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
     rows = {
-        "of these files": [(e, by_hand.get((e["task"], e["variation"], *actions_of(e)))) for e in annotated
+        "of these files": [(e, by_hand.get((*pair_of(e), *actions_of(e)))) for e in annotated
                            if e.get("annotator") != "hand"],
         "rules": [(annotate_by_rules(e), e) for e in examples],
         f"rules, {of_two}": [(annotate_by_rules(e), e) for e, _ in paired],
@@ -815,7 +820,7 @@ class JsonLines:
         except OSError as error:
             fail(f"{path} cannot be written ({error.strerror}). Name another --output.")
         self.records = [parse_line(path, number, line, fields) for number, line in enumerate(lines, 1)]
-        self.done = {(record["task"], record["variation"]) for record in self.records}
+        self.done = set(map(pair_of, self.records))
         ours = b'{"task": "'  # how every line of this project begins
         if not ours.startswith(torn[: len(ours)]):
             fail(f"{path} ends with a line that is none of ours. Name another --output.")
@@ -830,7 +835,7 @@ class JsonLines:
         except OSError as error:
             fail(f"{self.path} cannot be written ({error.strerror}). Make room, then give the same command again.")
         self.records.append(record)
-        self.done.add((record["task"], record["variation"]))
+        self.done.add(pair_of(record))
 
 
 class EpisodeFile(JsonLines):
@@ -928,16 +933,13 @@ logging.getLogger().addFilter(lambda record: "py4j" not in record.pathname)
 
 def read_input(args: argparse.Namespace, tasks: list[str]) -> dict[tuple[str, int], Episode]:
     """The trajectories of --input, without what was said by whoever named their sub-goals before."""
-    known = {}
-    for episode in read_episodes(args.input):
-        if episode["task"] not in tasks or episode["split"] != args.split:
-            continue
-        known[episode["task"], episode["variation"]] = episode
+    known = {pair_of(e): e for e in read_episodes(args.input) if e["task"] in tasks and e["split"] == args.split}
+    for (task, variation), episode in known.items():
         namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
         if args.annotator == "keep":
             episode["annotator"] = namer
             if None in labels_of(episode):
-                fail(f"{args.input}: {episode['task']} {episode['variation']} has no sub-goals to keep.")
+                fail(f"{args.input}: {task} {variation} has no sub-goals to keep.")
     if not known:
         fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     return known
@@ -955,7 +957,7 @@ def wanted_variations(args: argparse.Namespace, tasks: list[str], known: dict) -
 
 
 def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, store: EpisodeFile | None,
-                 dropped: list[str], undone: list[str]) -> Iterator[Episode]:
+                 dropped: list[str], undone: dict[tuple, str]) -> Iterator[Episode]:
     """Expert trajectories of 100 points: the known ones, then what the simulators play.
 
     That goes to the store first: two loads of one variation differ, and an LLM's answer is for one of them.
@@ -963,7 +965,7 @@ def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: d
     played = collect_all([pair for pair in todo if pair not in known], args.split, args.workers)
     for task, variation, episode in chain(((*pair, known[pair]) for pair in todo if pair in known), played):
         if episode is None:
-            undone.append(f"{task} {variation}: {TRIES} simulators died over it (each needs 1 GB of memory)")
+            undone[task, variation] = f"{TRIES} simulators died over it (each needs 1 GB of memory)"
         elif episode["score"] < 100:
             dropped.append(f"{task} {variation} ({episode['score']})")
         else:
@@ -976,12 +978,10 @@ def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], o
     """Ask about a few trajectories of each task; the others follow them; those that do not fit are asked about, too."""
 
     def asked(task: str) -> list[Episode]:
-        episodes = [e for e in output.records if e["task"] == task and e["answer"] == "asked"]
-        return sorted(episodes, key=lambda e: e["variation"])
+        return sorted((e for e in output.records if e["task"] == task and e["answer"] == "asked"), key=pair_of)
 
     first, others, misfits = [], [], []
-    waiting = sorted(arriving, key=lambda e: (e["task"], e["variation"]))
-    for task, group in groupby(waiting, key=lambda e: e["task"]):
+    for task, group in groupby(sorted(arriving, key=pair_of), key=lambda e: e["task"]):
         episodes = list(group)
         places = max(0, few - len(asked(task)))
         first += episodes[:places]
@@ -995,7 +995,7 @@ def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], o
         elif sources:
             misfits.append(episode)
         else:
-            teacher.undone.append(f"{episode['task']} {episode['variation']}: no other of its task has an answer")
+            teacher.undone[pair_of(episode)] = "no other of its task has an answer"
     teacher.annotate_all(misfits, deliver)
 
 
@@ -1004,7 +1004,7 @@ def dry_run(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, 
     counts = Counter(task for task, _ in todo)
     sample = [next(pair for pair in todo if pair[0] == task) for task in counts]
     estimate = Counter()
-    for episode in trajectories(args, sample, known, None, [], []):
+    for episode in trajectories(args, sample, known, None, [], {}):
         questions = min(counts[episode["task"]], args.propagate or len(todo))
         messages = messages_for(episode, examples)
         answer = answer_for(actions_of(episode), labels_of(annotate_by_rules(episode)))
@@ -1042,7 +1042,7 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
              output: EpisodeFile, examples: list[Episode], teacher: Teacher | None):
     """Annotate what is not in the output yet, and say what came of it."""
     todo = [pair for pair in wanted if pair not in output.done]
-    dropped, undone = [], teacher.undone if teacher else []
+    dropped, undone = [], teacher.undone if teacher else {}
     name = args.llm if teacher else args.annotator
 
     def deliver(episode: Episode):
@@ -1063,8 +1063,8 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
             deliver(episode)
     if dropped:
         print(f"{len(dropped)} dropped, as they end below 100 points: {', '.join(dropped)}.")
-    for reason in undone[:20]:
-        print(f"not annotated: {reason}")
+    for (task, variation), reason in list(undone.items())[:20]:
+        print(f"not annotated: {task} {variation}: {reason}")
     if teacher and teacher.read[False]:
         print(f"{teacher.read[False]} answers could not be read: cut off (--answer-tokens gives more room), or not in "
               "the form asked for (does the server heed response_format, a JSON schema?). They are in "
@@ -1157,7 +1157,7 @@ def main():
     tasks = resolve_tasks(args.tasks)
     known = read_input(args, tasks) if args.input else {}
     if args.dry_run:
-        done = {(record["task"], record["variation"]) for record in whole_records(Path(args.output))}
+        done = set(map(pair_of, whole_records(Path(args.output))))
         todo = [pair for pair in wanted_variations(args, tasks, known) if pair not in done]
         return dry_run(args, todo, known, examples)
     command = made_by(args)
@@ -1167,7 +1167,7 @@ def main():
     if teacher and not args.input:
         store = EpisodeFile(beside(args.output, ".trajectories.jsonl"), {
             name: command[name] for name in ("split", "simplifications", "the collecting code")})
-        known = {(e["task"], e["variation"]): e for e in store.records}
+        known = {pair_of(e): e for e in store.records}
     try:
         annotate(args, wanted_variations(args, tasks, known), known, store, output, examples, teacher)
     except KeyboardInterrupt:
