@@ -15,8 +15,8 @@ from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 
 import annotate
 from annotate import (
-    EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, Simulator, agreement, annotate_by_examples, annotate_by_rules,
-    collect_all, labels_of, read_episodes, resolve_tasks
+    EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, JsonLines, Simulator, agreement, annotate_by_examples,
+    annotate_by_rules, collect_all, labels_of, read_episodes, resolve_tasks
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
@@ -163,7 +163,10 @@ def test_a_foreign_file_named_as_output_is_refused_and_keeps_every_byte(tmp_path
     path = tmp_path / "mine.json"
     path.write_text(text)
     refused = run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", path, code=2)
-    assert "name another" in refused.stderr.lower() and path.read_text() == text
+    assert "name another" in refused.stderr.lower()
+    with pytest.raises(SystemExit, match="2"):
+        JsonLines(path)
+    assert path.read_text() == text
 
 
 def test_an_output_of_another_annotator_or_of_rules_since_edited_is_refused_and_can_be_made_anew(tmp_path):
