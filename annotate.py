@@ -237,7 +237,7 @@ def collect(game: Game, task: str, variation: int, split: str) -> Episode:
                    description=description, steps=steps, score=max(score, 0))
 
 
-def collect_all(pairs: list, split: str, workers: int, patience: float = PATIENCE) -> Iterator:
+def collect_all(pairs: list, split: str, workers: int) -> Iterator:
     """(task, variation, episode) of some (task, variation) as they are played; no episode if TRIES simulators died."""
     waiting = iter(pairs)  # each thread takes the next
 
@@ -256,7 +256,7 @@ def collect_all(pairs: list, split: str, workers: int, patience: float = PATIENC
                     break  # heat, and so a path's success, differs between two loads
             yield task, variation, episode
 
-    return in_threads(min(workers, len(pairs)), play, patience)
+    return in_threads(min(workers, len(pairs)), play, PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,9 +423,9 @@ def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     rows, columns = deeds(source), deeds(episode)
     old = [parse_action(source["steps"][i]["action"]) for i in rows]
     new = [parse_action(episode["steps"][i]["action"]) for i in columns]
-    runs = [(label, len(list(run))) for label, run in groupby(labels_of(source))]
-    part = [number for number, (_, length) in enumerate(runs) for _ in range(length)]  # each step's sub-goal
-    part = [part[i] for i in rows]
+    runs = [list(run) for _, run in groupby(labels_of(source))]
+    numbers = [number for number, run in enumerate(runs) for _ in run]  # each step's sub-goal
+    part = [numbers[i] for i in rows]
     verbs = {(number, verb) for number, (verb, _) in zip(part, old, strict=True)}
 
     def near(row: int, column: int) -> int | None:
@@ -713,8 +713,8 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
 def report_agreement(annotated: list[Episode], examples: list[Episode]):
     """Print how far annotated trajectories of the hand-written examples are from them, and the embedded annotators."""
     by_hand = {(*pair_of(e), *actions_of(e)): e for e in examples}
-    siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
-    paired = [(e, others) for e, others in siblings if others]
+    paired = [(e, others) for e in examples
+              if (others := [other for other in examples if other["task"] == e["task"] and other is not e])]
     of_two = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
     rows = {
         "of these files": [(e, by_hand.get((*pair_of(e), *actions_of(e)))) for e in annotated
@@ -731,6 +731,7 @@ def report_agreement(annotated: list[Episode], examples: list[Episode]):
 
 def describe(path: str | Path, episodes: list[Episode]):
     """Print what an annotated file holds, and what it cost."""
+
     def counts(things: Iterable) -> str:
         return ", ".join(f"{thing} {count:,}" for thing, count in Counter(map(str, things)).most_common())
 
