@@ -875,6 +875,7 @@ def claim(record: Path, command: dict, output: str | Path):
         if not begun:
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(command, indent=1) + "\n")
+            return  # unread: another process of the same training may be writing it, too
         before = json.loads(record.read_text())
     except (OSError, ValueError):
         fail(f"{record}, which says what made {output}, is missing or not ours to write. Delete {output}, or name "
