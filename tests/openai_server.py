@@ -14,13 +14,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODEL = "teacher-1"
 BEFORE_THE_ANSWER = ["rate limit", "server error", "dropped", "stall"]  # nothing is paid, the client asks again itself
-UNREADABLE = ["truncated", "ignored", "nothing", "no completion"]  # paid, and of no use
 REFUSALS = {
     "too long": (400, "context_length_exceeded", "This model's maximum context length is 4096 tokens."),
     "rate limit": (429, "rate_limit_exceeded", "Slow down."),
     "server error": (500, "server_error", "The server had an error."),
     "no quota": (429, "insufficient_quota", "You exceeded your current quota."),
     "echo": (400, "bad_request", "Cannot work for {key}"),
+}
+UNREADABLE = {  # paid, and of no use
+    "truncated": '{"1. go to kitchen": "navigate_to(kit',
+    "ignored": "Certainly! 1- navigate_to(kitchen): {'go to kitchen'}",
+    "nothing": None,
+    "tell the key": "Your key is {key}.",
 }
 
 
@@ -48,26 +53,18 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-
-def completion(body: dict, fault: str | None, server: Server) -> dict:
-    """The completion for a request, and with a fault one that no sub-goals can be read from."""
-    names = body["response_format"]["json_schema"]["schema"]["required"]
-    text = json.dumps({name: f"step_of_three({i // 3 + 1})" for i, name in enumerate(names)})
-    if fault == "no completion":
-        return {"detail": "I am a teapot"}
-    if fault == "ignored":
-        text = "Certainly! 1- navigate_to(kitchen): {'go to kitchen'}"
-    if fault == "nothing":
-        text = None
-    if fault == "tell the key":
-        text = f"Your key is {server.key}."
-    if fault == "truncated":
-        text = text[: int(len(text) * 0.6)]
-    read, written = server.tokens or (len(json.dumps(body["messages"])) // 4, len(text or "") // 4)
-    return {"id": "chatcmpl-1", "object": "chat.completion", "created": int(time.time()), "model": body["model"],
-            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-            "choices": [{"index": 0, "finish_reason": "length" if fault == "truncated" else "stop",
-                         "message": {"role": "assistant", "content": text}}]}
+    def completion(self, body: dict, fault: str | None) -> dict:
+        """The completion for a request, and with a fault one that no sub-goals can be read from."""
+        if fault == "no completion":
+            return {"detail": "I am a teapot"}
+        names = body["response_format"]["json_schema"]["schema"]["required"]
+        text = json.dumps({name: f"step_of_three({i // 3 + 1})" for i, name in enumerate(names)})
+        if fault:
+            text = UNREADABLE[fault] and UNREADABLE[fault].replace("{key}", self.key)
+        read, written = self.tokens or (len(json.dumps(body["messages"])) // 4, len(text or "") // 4)
+        return {"id": "chatcmpl-1", "object": "chat.completion", "created": int(time.time()), "model": body["model"],
+                "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -85,25 +82,21 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
 
-    def refuse(self, status: int, code: str, message: str, **headers):
-        self.reply({"error": {"message": message, "type": code, "param": None, "code": code}}, status, **headers)
+    def refuse(self, status: int, code: str, message: str):
+        wait = {"Retry-After": "1"} if code == "rate_limit_exceeded" else {"Retry-After-Ms": "10"}
+        error = {"message": message.replace("{key}", self.server.key), "type": code, "param": None, "code": code}
+        self.reply({"error": error}, status, **wait)
 
     def allowed(self) -> bool:
         given = self.headers.get("Authorization", "")
-        if self.server.key and given != f"Bearer {self.server.key}":
+        if self.server.key not in given:
             self.refuse(401, "invalid_api_key", f"Incorrect API key provided: {given}.")
-            return False
-        return True
+        return self.server.key in given
 
     def do_GET(self):
-        if not self.allowed():
-            return
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "tests"}
-        answers = {"/v1/models": {"object": "list", "data": [model]}, f"/v1/models/{MODEL}": model}
-        if self.path in answers:
-            self.reply(answers[self.path])
-        else:
-            self.refuse(404, "not_found", f"{self.path} does not exist")
+        if self.allowed():
+            model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "tests"}
+            self.reply({"object": "list", "data": [model]})
 
     def do_POST(self):
         server, raw = self.server, self.rfile.read(int(self.headers["Content-Length"]))
@@ -116,24 +109,13 @@ class Handler(BaseHTTPRequestHandler):
             server.times.append((task, time.monotonic()))
         fault = server.always or (server.faults(task) if first else None)
         if fault in REFUSALS:
-            status, code, message = REFUSALS[fault]
-            wait = {"Retry-After": "1"} if fault == "rate limit" else {}
-            return self.refuse(status, code, message.format(key=server.key), **wait)
-        if fault in ("dropped", "stall"):
+            self.refuse(*REFUSALS[fault])
+        elif fault in ("dropped", "stall"):
             time.sleep(5 if fault == "stall" else 0)
-            return self.drop()
-        time.sleep(server.seconds)
-        with server.lock:
-            server.paid[task] += 1
-        self.reply(completion(body, fault, server))
-        server.last_answer = time.monotonic()
-
-    def drop(self):
-        """Promise a body, send a part of it, hang up."""
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", "1000")
-        with suppress(OSError):  # after a stall nobody listens any more
-            self.end_headers()
-            self.wfile.write(b'{"id": "chatcmpl-')
-        self.close_connection = True
+            self.close_connection = True  # without a word
+        else:
+            time.sleep(server.seconds)
+            with server.lock:
+                server.paid[task] += 1
+            self.reply(server.completion(body, fault))
+            server.last_answer = time.monotonic()

@@ -17,11 +17,11 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from openai_server import BEFORE_THE_ANSWER, MODEL, UNREADABLE, Server
+from conftest import ROOT, wait_until
+from openai_server import BEFORE_THE_ANSWER, MODEL, Server
 
 from annotate import (
-    EXAMPLES, actions_of, answer_for, beside, labels_of, read_episodes, read_response, worked_examples
+    EXAMPLES, actions_of, answer_for, labels_of, read_episodes, read_response, whole_records, worked_examples
 )
 
 KEY = "sk-tests-6f1c0ffee5ecre7"
@@ -41,16 +41,23 @@ class House:
     """A folder with trajectories, and the command that annotates them with the server's model."""
 
     def __init__(self, folder: Path):
-        self.folder, self.input, self.output = folder, folder / "input.jsonl", folder / "out.jsonl"
+        self.folder, self.input = folder, folder / "input.jsonl"
+        self.output = folder / "out.jsonl.part"  # as make calls what is not finished
         self.script = ROOT / "annotate.py"
-        self.source = ["--input", self.input]
+        self.source, self.servers = ["--input", self.input], []
 
-    def start(self, server: Server | None, *more, key: str = KEY) -> subprocess.Popen:
+    def serve(self, **settings) -> Server:
+        """A server that runs until the test is over."""
+        self.servers.append(Server(**settings))
+        return self.servers[-1]
+
+    def start(self, server: Server | None, *more, key: str = KEY, limit: int | str = "unlimited") -> subprocess.Popen:
+        """Start the command, with `limit` blocks of 1,024 bytes that a file may have."""
         url = ["--base-url", server.url] if server else []
         flags = [*self.source, "--annotator", "llm", *url, "--llm", MODEL, "--output", self.output, "--price", "1,2"]
-        environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
-        return subprocess.Popen([sys.executable, *map(str, [self.script, *flags, *more])], text=True,
-                                env={**environment, **({"OPENAI_API_KEY": key} if key else {})},
+        limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", sys.executable]
+        return subprocess.Popen([*limited, *map(str, [self.script, *flags, *more])], text=True,
+                                env={**os.environ, "OPENAI_API_KEY": key},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def annotate(self, server: Server | None, *more, code: int = 0, key: str = KEY) -> str:
@@ -61,15 +68,9 @@ class House:
         assert "Traceback" not in text and KEY not in text
         return text
 
-    def lines(self, suffix: str) -> list[dict]:
-        """The whole lines of the file with this suffix; none if there is no file."""
-        path = self.folder / f"out{suffix}"
-        lines = path.read_text().splitlines(True) if path.exists() else []
-        return [json.loads(line) for line in lines if line[-1] == "\n"]
-
-    def answers(self) -> int:
-        """How many responses are on the disk."""
-        return len(self.lines(".responses.jsonl"))
+    def responses(self) -> list[dict]:
+        """What is on the disk of the server's answers."""
+        return whole_records(self.folder / "out.responses.jsonl")
 
     def check(self, episodes: list[dict]):
         """All are labelled, none twice, each step's action is the expert's, its sub-goal the answer's."""
@@ -83,155 +84,124 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path) -> House:
-    return House(tmp_path)
-
-
-@pytest.fixture
-def serve():
-    """Starts servers, and closes them when the test is over."""
-    servers = []
-
-    def start(**settings) -> Server:
-        servers.append(Server(**settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
+def house(tmp_path):
+    house = House(tmp_path)
+    yield house
+    for server in house.servers:
         server.close()
-
-
-def wait_for(ready, seconds: float = 60):
-    deadline = time.time() + seconds
-    while not ready():
-        assert time.time() < deadline, "it never got so far"
-        time.sleep(0.01)
 
 
 # ---- A server that misbehaves
 
 
-def test_errors_on_the_way_cost_nothing_and_unreadable_answers_are_listed_and_asked_for_again(house, serve):
+def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_listed_and_asked_again(house):
+    faults = [*BEFORE_THE_ANSWER, "truncated", "ignored", "nothing", "no completion", "too long"]
     episodes = trajectories(house.input, 80)
-    fault_of = dict(zip((e["description"] for e in episodes[::4]), cycle(BEFORE_THE_ANSWER + UNREADABLE), strict=False))
-    server = serve(faults=fault_of.get, key=KEY)
+    fault_of = dict(zip((e["description"] for e in episodes[::4]), cycle(faults), strict=False))
+    server = house.serve(faults=fault_of.get, key=KEY)
     text = house.annotate(server, "--concurrency", 16, "--timeout", 2, code=1)
-    assert set(server.paid.values()) == {1} and len(server.paid) == 80
+    refused = {task for task, fault in fault_of.items() if fault == "too long"}
+    undone = refused | {task for task, fault in fault_of.items() if fault not in BEFORE_THE_ANSWER}
+    assert server.paid == Counter({e["description"] for e in episodes} - refused)
     for task in (task for task, fault in fault_of.items() if fault == "rate limit"):
         first, second = (moment for asked, moment in server.times if asked == task)
         assert second - first >= 1, "Retry-After was not honoured"
-    unreadable = {task for task, fault in fault_of.items() if fault in UNREADABLE}
-    assert len(read_episodes(house.output)) == 80 - len(unreadable) and house.answers() == 80
-    assert f"{len(unreadable)} trajectories are not annotated" in text
-    assert {f"{e['task']} {e['variation']}" for e in episodes if e["description"] in unreadable} == set(
+    assert len(read_episodes(house.output)) == 80 - len(undone) and len(house.responses()) == 80 - len(refused)
+    assert {f"{e['task']} {e['variation']}" for e in episodes if e["description"] in undone} == set(
         re.findall("^not annotated: (.*?):", text, re.MULTILINE))
-    assert "cut off (--answer-tokens" in text and "heed response_format" in text
+    assert f"{len(undone)} trajectories are not annotated" in text and "maximum context length" in text
+    assert f"{len(undone - refused)} answers could not be read" in text and "heed response_format" in text
 
     house.annotate(server)
     house.check(episodes)
-    assert all(server.paid[e["description"]] == 1 + (e["description"] in unreadable) for e in episodes)
+    assert all(server.paid[e["description"]] == 1 + (e["description"] in undone - refused) for e in episodes)
 
 
-def test_a_server_that_ignores_the_form_is_asked_ten_times_and_no_more(house, serve):
+@pytest.mark.parametrize("fault, words, most", [
+    ("ignored", "none of 10 answers could be read", 10), ("no quota", "exceeded your current quota", 9)])
+def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, fault, words, most):
     trajectories(house.input, 40)
-    server = serve()
-    server.always = "ignored"
+    server = house.serve()
+    server.always = fault
     text = house.annotate(server, "--concurrency", 1, code=1)
-    assert sum(server.paid.values()) == 10 and "does the server heed response_format" in text.splitlines()[-1]
-
-
-def test_one_answer_that_the_server_cannot_give_leaves_the_others_done(house, serve):
-    episodes = trajectories(house.input, 8)
-    text = house.annotate(serve(faults={episodes[0]["description"]: "too long"}.get), code=1)
-    assert "maximum context length" in text and len(read_episodes(house.output)) == 7
+    assert words in text.splitlines()[-1] and len(server.times) == most
 
 
 # ---- Deaths
 
 
-def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house, serve):
+def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house):
     episodes = trajectories(house.input, 120, longest=25)
-    server, moments, kept = serve(seconds=0.1), random.Random(7), []
-    for _ in range(5):
-        goal = house.answers() + moments.randrange(1, 8)
+    server, moments = house.serve(seconds=0.1), random.Random(7)
+    for _ in range(4):
+        goal = len(house.responses()) + moments.randrange(1, 8)
         process = house.start(server, "--concurrency", 8)
-        wait_for(lambda goal=goal: house.answers() >= goal)
+        wait_until(lambda goal=goal: len(house.responses()) >= goal, process)
         time.sleep(moments.uniform(0, 0.1))
-        assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()
-        time.sleep(0.3)  # requests under way at the server end
-        written = {(record["task"], record["variation"]) for record in house.lines(".responses.jsonl")}
-        kept.append({e["description"]: server.paid[e["description"]]
-                     for e in episodes if (e["task"], e["variation"]) in written})
     house.annotate(server, "--concurrency", 16)
     house.check(episodes)
-    for paid_then in kept:
-        assert {task: server.paid[task] for task in paid_then} == paid_then, "an answer on the disk was paid for again"
-    assert sum(server.paid.values()) <= 120 + 5 * 8
+    assert len({record["asked"] for record in house.responses()}) == len(house.responses()) == 120
+    assert sum(server.paid.values()) <= 120 + 4 * 8, "more was paid again than was under way"
 
 
-def test_lines_torn_by_a_kill_are_cut_off_and_whole_ones_kept(house, serve):
-    episodes, server = trajectories(house.input, 6), serve()
+def test_of_a_torn_file_a_report_reads_what_is_whole_and_a_run_asks_for_the_rest(house):
+    episodes, server = trajectories(house.input, 6), house.serve()
     house.annotate(server, "--concurrency", 1)
-    for suffix in (".jsonl", ".responses.jsonl"):
-        path = house.folder / f"out{suffix}"
-        lines = path.read_text().splitlines(True)
-        path.write_text("".join(lines[:-1]) + lines[-1][:50])
+    responses = house.folder / "out.responses.jsonl"
+    torn = responses.read_bytes()[:-50]
+    responses.write_bytes(torn)
+    assert "5 calls" in house.annotate(None, "--report", house.output) and responses.read_bytes() == torn
+    house.output.unlink()
     house.annotate(server)
     house.check(episodes)
     assert sorted(server.paid.values()) == [1, 1, 1, 1, 1, 2], "only the answer that was torn may be asked for again"
 
 
-def test_ctrl_c_waits_for_the_answers_under_way(house, serve):
-    episodes, server = trajectories(house.input, 60), serve(seconds=1)
+def test_a_second_run_is_refused_and_ctrl_c_waits_for_the_answers_under_way(house):
+    episodes, server = trajectories(house.input, 60), house.serve(seconds=1)
     process = house.start(server, "--concurrency", 6)
-    wait_for(lambda: len(server.times) >= 6)
+    wait_until(lambda: len(server.times) >= 6, process)
+    assert "another run" in house.annotate(server, code=2)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "The same command goes on" in text and "Traceback" not in text
-    assert house.answers() == len(read_episodes(house.output)) == sum(server.paid.values()) == len(server.times) < 60
+    assert len(house.responses()) == len(read_episodes(house.output)) == len(server.times) < 60
     server.seconds = 0
     house.annotate(server)
     house.check(episodes)
     assert sum(server.paid.values()) == 60
 
 
-def test_two_runs_on_one_output_are_refused_and_a_report_may_look_on(house, serve):
-    trajectories(house.input, 20)
-    server = serve(seconds=1)
-    process = house.start(server, "--concurrency", 2)
-    wait_for(lambda: house.answers() >= 4)
-    assert "another run" in house.annotate(server, code=2)
-    process.send_signal(signal.SIGSTOP)
-    with (house.folder / "out.responses.jsonl").open("a") as file:
-        file.write('{"task": "under way')
-    assert "the LLM: " in house.annotate(None, "--report", house.output)
-    assert (house.folder / "out.responses.jsonl").read_text().endswith('{"task": "under way')
-    process.kill()
-    process.communicate()
+def test_on_a_full_disk_no_more_is_asked(house):
+    trajectories(house.input, 60)
+    server = house.serve(seconds=0.05)
+    process = house.start(server, "--concurrency", 4, limit=20)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Make room" in text and "Traceback" not in text
+    assert len(server.times) <= len(house.responses()) + 4
 
 
-def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house, serve):
-    server = serve(seconds=0.3)
+def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house):
+    server, store = house.serve(seconds=0.3), house.folder / "out.trajectories.jsonl"
     house.source = ["--tasks", "7-1", "--variations", 4, "--workers", 1, "--concurrency", 1]
     process = house.start(server)
-    wait_for(lambda: house.answers() >= 2, seconds=120)
+    wait_until(lambda: len(house.responses()) >= 2, process)
     process.kill()
     process.communicate()
-    stored = house.lines(".trajectories.jsonl")
-    assert len(stored) >= 2
+    stored = whole_records(store)
     house.annotate(server)
-    house.check(house.lines(".trajectories.jsonl"))
-    assert house.lines(".trajectories.jsonl")[: len(stored)] == stored, "a trajectory was collected twice"
+    house.check(whole_records(store))
+    assert whole_records(store)[: len(stored)] == stored, "a trajectory was collected twice"
     assert sum(server.paid.values()) <= 5
 
 
 # ---- What was asked
 
 
-def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house, serve):
-    episodes, server = trajectories(house.input, 5), serve()
+def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house):
+    episodes, server = trajectories(house.input, 5), house.serve()
     shutil.copytree(ROOT / "prompts", house.folder / "prompts")
     house.script = Path(shutil.copy(ROOT / "annotate.py", house.folder))
     system = house.folder / "prompts" / "annotate_system.jinja"
@@ -247,19 +217,17 @@ def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house,
         assert set(server.paid.values()) == {paid}
 
 
-def chat(answer: str) -> dict:
-    return {"choices": [{"message": {"content": answer}}]}
-
-
 def test_the_form_of_an_answer_gives_each_action_one_subgoal():
+    def read(answer: str, actions: list[str]) -> list[str] | None:
+        return read_response({"choices": [{"message": {"content": answer}}]}, actions)
+
     for episode in read_episodes(EXAMPLES):
         actions, labels = actions_of(episode), labels_of(episode)
-        assert read_response(chat(answer_for(actions, labels)), actions) == (labels, "")
+        assert read(answer_for(actions, labels), actions) == labels
     actions = ["go to kitchen", "wait", "wait"]
     for wrong in ('["wait()"]', '{"1. go to kitchen": "wait()"}', answer_for(actions, ["wait()", "", "wait()"]),
                   answer_for(actions[::-1], ["wait()"] * 3), answer_for(actions, ["wait()", "a word", "wait()"]), "no"):
-        labels, reason = read_response(chat(wrong), actions)
-        assert labels is None and "has not the form" in reason
+        assert read(wrong, actions) is None
 
 
 def test_a_question_shows_boiling_water_then_an_example_of_the_same_task_type():
@@ -275,79 +243,67 @@ def test_a_question_shows_boiling_water_then_an_example_of_the_same_task_type():
 # ---- Money and keys
 
 
-def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house, serve):
-    episodes, server = trajectories(house.input, 50), serve(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
+def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house):
+    episodes = trajectories(house.input, 50)
+    server = house.serve(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
     text = house.annotate(server, "--max-cost", 0.05, "--concurrency", 4, code=1)
-    spent = sum(record["dollars"] for record in house.lines(".responses.jsonl"))
-    assert spent == pytest.approx(0.002 * sum(server.paid.values()))
-    assert 0.05 <= spent + 1e-9 <= 0.05 + 4 * 0.002 and "--max-cost" in text and f"${spent:.4f}" in text
+    spent = sum(record["dollars"] for record in house.responses())
+    assert spent == pytest.approx(0.002 * sum(server.paid.values())) and f"written, ${spent:.4f}" in text
+    assert 0.05 <= spent + 1e-9 <= 0.05 + 4 * 0.002 and "--max-cost" in text.splitlines()[-1]
     assert len(read_episodes(house.output)) == sum(server.paid.values())
+    described, agreement = house.annotate(None, "--report", house.output).split("Agreement")
+    assert described in text and "rules (47)" in agreement and "of these files" not in agreement
     house.annotate(server, "--max-cost", 0.2)
     house.check(episodes)
     assert sum(server.paid.values()) == 50
 
 
-def test_a_user_error_is_one_sentence_and_exit_2_and_loses_nothing(house, serve):
-    episodes, server = trajectories(house.input, 20), serve(key=KEY, tokens=(1000, 500))
-    house.annotate(server, "--max-cost", 0.02, "--concurrency", 1, code=1)
-    before = house.output.read_text()
-    nowhere = serve()
+def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house):
+    trajectories(house.input, 20)
+    server, nowhere = house.serve(key=KEY), house.serve()
     nowhere.close()
-
-    def refused(words: str, at: Server | None, *more, **settings):
-        started = time.time()
-        text = house.annotate(at, *more, code=2, **settings)
-        last = text.strip().splitlines()[-1]
-        assert words in last and last.startswith("annotate.py: "), text
-        assert house.output.read_text() == before and time.time() - started < 60
-
-    refused("OPENAI_API_KEY", None, key="")
-    refused("refuses the key", server, key="sk-wrong")
-    refused("no server answers", nowhere)
-    refused("was made with annotator teacher-1, this run has teacher-9", server, "--llm", "teacher-9")
-    refused("--price", server, "--max-cost", 1, "--price", "cheap")
-    server.always = "no quota"
-    refused("quota is used up", server)
-    assert len(server.times) <= 10 + 8, "it kept asking an empty account"
-    server.always = None
-    house.annotate(server)
-    house.check(episodes)
-    house.output.unlink()
-    text = house.annotate(server, "--llm", "teacher-9", code=2)
-    assert "no model 'teacher-9'; the nearest are teacher-1" in text
+    for words, at, *more, key in [
+        ("there is no key", None, ""),
+        ("Incorrect API key provided: Bearer [key]", server, "sk-wrong"),
+        ("Check OPENAI_API_KEY, --llm, --base-url", nowhere, KEY),
+        ("the server has no model 'teacher-9'; the nearest are teacher-1", server, "--llm", "teacher-9", KEY),
+        ("--price", server, "--price", "cheap", KEY),
+    ]:
+        last = house.annotate(at, *more, code=2, key=key).splitlines()[-1]
+        assert words in last and last.startswith("annotate.py: ")
+        house.folder.joinpath("out.command.json").unlink(missing_ok=True)
+    assert not server.times and not house.responses()
 
 
-def test_the_key_is_in_no_file_and_no_message(house, serve):
+def test_the_key_is_in_no_file_and_no_message(house):
     episodes = trajectories(house.input, 12)
-    server = serve(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
+    server = house.serve(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
     house.annotate(server, code=1)
     assert "[key]" in (house.folder / "out.responses.jsonl").read_text()
-    house.annotate(serve(key="another"), code=2)  # this server's refusal repeats the key
     server.always = "echo"
     assert "Cannot work for [key]" in house.annotate(server, code=1)
-    house.annotate(server, "--dry-run")
     for path in house.folder.iterdir():
         assert KEY not in path.read_text()
 
 
-def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house, serve):
+def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house):
     trajectories(house.input, 20)
-    server = serve()
+    server = house.serve()
     text = house.annotate(server, "--dry-run", key="")
     assert "20 calls" in text and "Nothing was sent" in text
     assert text.count("Sub-goals:") == 3 and "navigate_to(kitchen)" in text
     assert not server.times and [path.name for path in house.folder.iterdir()] == ["input.jsonl"]
     estimate = float(text.rpartition("about $")[2].split()[0].rstrip("."))
     house.annotate(server)
-    spent = sum(record["dollars"] for record in house.lines(".responses.jsonl"))
+    spent = sum(record["dollars"] for record in house.responses())
     assert spent / 2 < estimate < spent * 2
 
 
 # ---- Once per task
 
 
-def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house, serve):
-    episodes, server = trajectories(house.input, 120), serve()
+def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house):
+    episodes, server = trajectories(house.input, 120), house.serve()
     house.annotate(server, "--propagate", 1)
     annotated = read_episodes(house.output)
     carried = [e for e in annotated if e["answer"] == "carried over"]
@@ -358,18 +314,3 @@ def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house, serve):
         assert actions_of(episode) == actions_of(expert[episode["variation"]]) and "usage" not in episode
     house.annotate(server, "--propagate", 1)
     assert sum(server.paid.values()) == asked
-
-
-# ---- The report
-
-
-def test_files_beside_an_output_have_one_name_while_it_is_made_and_when_it_is_done():
-    assert beside("runs/train.jsonl.part", ".responses.jsonl") == beside("runs/train.jsonl", ".responses.jsonl")
-
-
-def test_the_report_of_a_file_says_what_the_run_said(house, serve):
-    trajectories(house.input, 10)
-    text = house.annotate(serve())
-    described, agreement = house.annotate(None, "--report", house.output).split("Agreement")
-    assert described in text and "10 calls" in described and "sub-goals: asked 10 (100%)" in described
-    assert "rules (47)" in agreement and "of these files" not in agreement
