@@ -52,6 +52,7 @@ SIZES = {  # T5s built from scratch, by name: width, layers of encoder and decod
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
+REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
 
@@ -125,7 +126,8 @@ COMPACT = [
     (r"In your inventory, you see:", ""),
     (r"You also see:", "; doors"),
     (r"A door to the ([\w ]+) \(that is \w+\)", r"\1"),
-    (r" On the [\w ]+ is: nothing\.| In the [\w ]+ is: nothing\.| The [\w ]+ door is \w+\.", ""),
+    (r"\. The [\w ]+ door is closed\.", " closed"),
+    (r" On the [\w ]+ is: nothing\.| In the [\w ]+ is: nothing\.| The [\w ]+ door is open\.", ""),
     (r" \(containing nothing\)|, which is (?:turned off|off|deactivated)", ""),
     (r"currently reading a temperature of", ""),
     (r"(?:In|On) the ([\w ]+) is: ", ""),
@@ -463,10 +465,10 @@ def teacher_of(episodes: list[Episode]) -> dict:
 
 
 class Examples:
-    """The training examples as the Trainer takes them. In each epoch, other objects have another name, by chance.
+    """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
-    An index is (epoch, number of the example), from which the chance follows: a run that goes on after a kill, and
-    several processes, are given the examples that one is.
+    An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
+    a kill, and several processes, are given the examples that one is.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -477,8 +479,8 @@ class Examples:
         return len(self.texts)
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
-        epoch, i = index
-        chance, example = random.Random(f"{self.seed} {epoch} {i}"), self.texts[i]
+        showing, i = index
+        chance, example = random.Random(f"{self.seed} {showing} {i}"), self.texts[i]
         if chance.random() < self.rename:
             example = renamed(*example[:3], self.words, chance)
         return self.tokenise([example])[0]
@@ -487,27 +489,30 @@ class Examples:
 class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
-    So little is padded. An epoch takes at most `per_task` examples of a task, other ones each time. The order follows
-    from seed and epoch alone, as `Examples` does.
+    So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
+    those of a short one up to REPEATED times, each time with other names. The order follows from seed and epoch alone.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, tasks: list[str] = (), per_task: int | None = None):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
-        self.update, self.seed, self.per_task = update, seed, per_task
-        self.tasks = pd.Series(tasks or [""] * len(lengths))
-        self.size = int(self.tasks.value_counts().clip(upper=per_task).sum())
+        self.update, self.seed = update, seed
+        tasks = np.asarray(tasks or [""] * len(lengths))
+        places = [np.flatnonzero(tasks == task) for task in sorted(set(tasks))]
+        self.shares = [(some, min(per_task, REPEATED * len(some)) if per_task else len(some)) for some in places]
+        self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        if self.per_task:
-            order = order[self.tasks[order].groupby(self.tasks).cumcount().to_numpy() < self.per_task]
-        order = order[np.argsort(self.lengths[order], kind="stable")]
+        count = len(self.lengths)  # the second showing of example 3 in an epoch is count + 3
+        order = generator.permutation(np.concatenate([
+            np.concatenate([generator.permutation(some) + count * time for time in range(-(-share // len(some)))])[:share]
+            for some, share in self.shares]))
+        order = order[np.argsort(self.lengths[order % count], kind="stable")]
         order = np.resize(order, len(self))  # the last update is filled up
         *others, longest = order.reshape(-1, self.update)  # the longest first: too little memory shows at once
         order = [] if self.over else np.concatenate([longest, *generator.permutation(others)])
-        return ((self.epoch, int(i)) for i in order)
+        return ((self.epoch * REPEATED + int(i) // count, int(i) % count) for i in order)
 
     def __len__(self) -> int:
         return -(-self.size // self.update) * self.update
