@@ -60,7 +60,7 @@ else ifeq ($(PRESET),scratch)
   TRAIN_SETS     ?= $(THINNED)
   ANNOTATOR      ?= rules
   MODEL          ?= tiny
-  SUBGOAL_FLAGS  ?= --per_task 1500 --rename 0.5 --num_train_epochs 6
+  SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 6
   ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
   SIZES          ?= nano small
 else ifeq ($(PRESET),smoke)

@@ -24,7 +24,7 @@ import re
 import shutil
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -177,21 +177,32 @@ def objects_of(answer: str) -> list[str]:
     return [name for part in parts for name in re.split(" (?:in|on|containing|and) ", part) if name]
 
 
-def renamed(text: str, answer: str, named: list[str], words: list[str], chance: random.Random) -> tuple[str, str]:
-    """The example with another name for one object: one to three words, some with a letter or a digit.
+def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
+    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
 
-    `named` are the objects of all answers of the episode: were only those of this answer renamed, a student would learn
-    that a strange name is what is to be said. One that the text names but once keeps its name: it stands among others,
-    and was chosen for what it is.
+    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
     """
-    names = [name for name in named if len(whole(name).findall(text)) > 1]
-    if not names:
+    return {name: 1 if whole(name).search(description) else 2
+            for name in sorted({name for answer in answers for name in objects_of(answer)})}
+
+
+def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
+            ) -> tuple[str, str]:
+    """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
+
+    `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
+    name is what is to be said.
+    """
+    new = {}
+    for name, least in named.items():
+        if chance.random() < share and len(whole(name).findall(text)) >= least:
+            new[name] = " ".join(chance.choices(words, k=chance.randint(1, 3)))
+            if chance.random() < 0.2:
+                new[name] += " " + chance.choice(string.ascii_uppercase + string.digits)
+    if not new:
         return text, answer
-    name = " ".join(chance.choices(words, k=chance.randint(1, 3)))
-    if chance.random() < 0.2:
-        name += " " + chance.choice(string.ascii_uppercase + string.digits)
-    old = whole(chance.choice(names))
-    return old.sub(name, text), old.sub(name, answer)
+    old = re.compile("|".join(whole(name).pattern for name in sorted(new, key=len, reverse=True)))
+    return old.sub(lambda name: new[name[0]], text), old.sub(lambda name: new[name[0]], answer)
 
 
 @cache
@@ -428,7 +439,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     episodes = read_data(options.data)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
-        named = sorted({name for _, answer in pairs for name in objects_of(answer)})
+        named = named_in(episode["description"], (answer for _, answer in pairs))
         texts[episode["split"]] += [(*pair, named, episode["task"]) for pair in pairs]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
@@ -480,10 +491,9 @@ class Examples:
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
         showing, i = index
-        chance, example = random.Random(f"{self.seed} {showing} {i}"), self.texts[i]
-        if chance.random() < self.rename:
-            example = renamed(*example[:3], self.words, chance)
-        return self.tokenise([example])[0]
+        text, answer, named, _ = self.texts[i]
+        chance = random.Random(f"{self.seed} {showing} {i}")
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
 
 
 class Order:
@@ -504,10 +514,11 @@ class Order:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        count = len(self.lengths)  # the second showing of example 3 in an epoch is count + 3
-        order = generator.permutation(np.concatenate([
-            np.concatenate([generator.permutation(some) + count * time for time in range(-(-share // len(some)))])[:share]
-            for some, share in self.shares]))
+        count, shown = len(self.lengths), []  # `count + 3` is example 3 in its second showing
+        for some, share in self.shares:
+            rounds = [generator.permutation(some) + count * time for time in range(-(-share // len(some)))]
+            shown.append(np.concatenate(rounds)[:share])
+        order = generator.permutation(np.concatenate(shown))
         order = order[np.argsort(self.lengths[order % count], kind="stable")]
         order = np.resize(order, len(self))  # the last update is filled up
         *others, longest = order.reshape(-1, self.update)  # the longest first: too little memory shows at once
@@ -627,9 +638,9 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of examples in which an object has another name, by chance (default: 0; from scratch 0.3)"})
+        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of a task in an epoch, at most, so that long tasks do not fill it (default: all)"})
+        "help": "examples of each task in an epoch: a long one gives no more, short ones come again (default: all, once)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    UNTRAINED, Examples, Order, compact, new_model, render, renamed, simulator_words, state_of, subgoal_examples,
-    trained_states
+    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, render, renamed, simulator_words, state_of,
+    subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -149,22 +150,26 @@ def test_every_word_of_the_simulators_objects_is_one_token(students):
     assert [word for word in words if len(tokenizer.tokenize(word)) > 1] == []
 
 
-def test_a_renamed_object_has_one_new_name_wherever_it_stands():
+def test_renamed_objects_have_new_names_wherever_they_stand():
     text, answer = "subgoal: move(red box, table) | sees: red box , red boxes , table , table", "move red box to table"
-    seen = {renamed(text, answer, ["red box"], ["wire", "wood"], random.Random(seed)) for seed in range(20)}
-    assert len(seen) > 5
+    named = {"red box": 2, "table": 2}
+    seen = {renamed(text, answer, named, ["wire", "wood"], random.Random(seed), 0.5) for seed in range(40)}
+    assert len(seen) > 10
     for question, wanted in seen:
-        name = wanted.removeprefix("move ").removesuffix(" to table")
-        assert question == f"subgoal: move({name}, table) | sees: {name} , red boxes , table , table"
+        box, table = wanted.removeprefix("move ").split(" to ")
+        assert question == f"subgoal: move({box}, {table}) | sees: {box} , red boxes , {table} , {table}"
+    assert {wanted.startswith("move red box") + 2 * wanted.endswith("to table") for _, wanted in seen} == {0, 1, 2, 3}
 
 
-def test_an_object_that_stands_once_in_the_text_keeps_its_name():
-    example = ("sees: egg , stone", "pick up egg")
-    assert renamed(*example, ["egg"], ["wire"], random.Random(0)) == example
+def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
+    text, answer = "task: boil egg | sees: stone", "find(egg)"
+    for task, kept in (("boil the substance", True), ("boil egg", False)):
+        named = named_in(task, [answer])
+        assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
-    texts = [("do: egg | sees: egg", "pick up egg", ["egg"], "eggs")] * 50
+    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
     def epoch(number: int, seed: int = 0) -> list:
         examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
@@ -198,18 +203,22 @@ def test_fewer_examples_than_an_update_has_fill_one(examples):
     assert len(epoch) == 32 and set(epoch) == set(range(examples))
 
 
-def test_an_epoch_takes_its_share_of_a_long_task_and_all_of_a_short_one():
-    tasks = ["long"] * 900 + ["short"] * 60
+def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and_again():
+    tasks = ["long"] * 900 + ["short"] * 60 + ["one"]
 
-    def epoch(number: int) -> list[int]:
-        order = Order(np.full(960, 9), 8, 0, tasks, per_task=100)
+    def epoch(number: int) -> list[tuple[int, int]]:
+        order = Order(np.full(961, 9), 8, 0, tasks, per_task=100)
         order.epoch = number
-        assert len(order) == 160
-        return [example for _, example in order]
+        assert len(order) == 208, "100 of each, but of the last REPEATED, and whole updates"
+        return list(order)
 
-    first, second = set(epoch(0)), set(epoch(1))
-    assert len(first) == len(second) == 160 and first & second >= set(range(900, 960))
-    assert len(first & second) < 60 + 50, "each epoch takes other ones of the long task"
+    first, second = epoch(0), epoch(1)
+    shown = Counter(example for _, example in first)
+    assert sum(shown[i] for i in range(900, 960)) == 100 and {shown[i] for i in range(900, 960)} == {1, 2}
+    assert shown[960] == REPEATED and len(set(first)) == 208, "each time in another showing, and so with other names"
+    long = [{example for _, example in some if example < 900} for some in (first, second)]
+    assert len(long[0]) == 100 and len(long[0] & long[1]) < 50, "each epoch takes other ones of the long task"
+    assert not set(first) & set(second)
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
