@@ -640,7 +640,7 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch: a long one gives no more, short ones come again (default: all, once)"})
+        "help": "examples of each task in an epoch: a long one gives no more, short ones come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={
