@@ -16,6 +16,7 @@ given again. Stage 3 trains the action generator with the functions of this file
 """
 
 import argparse
+import inspect
 import io
 import json
 import os
@@ -550,11 +551,25 @@ def make_trainer(
     order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
+    chooses = "logits_to_keep" in inspect.signature(whole.forward).parameters
+
+    def collate(examples: list[dict]) -> dict:
+        """A batch, with the labels of those places alone that have one, at which alone a decoder computes its logits.
+
+        Of a question's other tokens, logits over a vocabulary of 262,144 cost more than all the layers before.
+        """
+        batch = collator(examples)
+        if chooses:
+            batch["logits_to_keep"] = batch["labels"].ne(-100).any(0).nonzero()[:, 0]
+            batch["labels"] = batch["labels"][:, batch["logits_to_keep"]]
+        return batch
+
     trainer = transformers.Trainer(
         model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
-        data_collator=collator, compute_loss_func=token_loss)
+        data_collator=collate, compute_loss_func=token_loss)
     trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(
-        train, batch_size=training.per_device_train_batch_size, sampler=order, collate_fn=collator,
+        train, batch_size=training.per_device_train_batch_size, sampler=order, collate_fn=collate,
         num_workers=training.dataloader_num_workers, pin_memory=training.dataloader_pin_memory))
     trainer.remove_callback(transformers.PrinterCallback)
     name = f"{Path(training.output_dir).stem} ({model.num_parameters() / 1e6:.1f} M parameters)"

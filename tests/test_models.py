@@ -1,13 +1,18 @@
 """Students of any architecture, whole and by LoRA: small random models, by the real scripts."""
 
 import json
+from functools import partial
 
 import pytest
 from conftest import kill_when, run
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 import train_subgoal
 from annotate import read_episodes
-from train_subgoal import PROMPTS, answers, examples_of, frame_of, model_class, new_tokenizer, question_tokens, render
+from train_subgoal import (
+    PROMPTS, Examples, answers, examples_of, frame_of, make_trainer, model_class, new_tokenizer, question_tokens,
+    render, token_loss
+)
 
 ARCHITECTURES = ["t5", "t5gemma", "llama", "qwen3", "gemma3"]
 CHAT = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
@@ -92,6 +97,21 @@ def test_the_loss_is_of_the_answer_and_its_end_mark_alone(folders, texts, name):
         if decoder:  # every label stands where the token before it is read
             written = example["input_ids"][example["labels"].index(learned[0]) + 1 :]
             assert written == learned[:-1]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_computed_where_a_label_stands_alone_and_the_loss_is_that_of_all(tmp_path, folders, texts, name):
+    model, tokenizer, about = loaded(folders[name])
+    tokenise = partial(examples_of, tokenizer, about=about, decoder=not model.config.is_encoder_decoder)
+    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    examples = Examples([(*text, {}, "") for text in texts[:8]], tokenise, [], 0, 0)
+    batch = next(iter(make_trainer(model, tokenizer, training, examples, None, None).get_train_dataloader()))
+    labels = batch.pop("labels")
+    some = model(**batch)
+    assert some.logits.shape[:2] == labels.shape and (labels != -100).any(0).all() and labels.shape[1] < 40
+    everywhere = DataCollatorForSeq2Seq(tokenizer, model)(tokenise(texts[:8]))
+    every_label = everywhere.pop("labels")
+    assert token_loss(some, labels).item() == pytest.approx(token_loss(model(**everywhere), every_label).item(), 1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
