@@ -119,11 +119,19 @@ class Agent:
         situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
         planned = [[None]] * len(episodes)
         if self.planner:
-            beams = self.planner.answers(situations, self.beams, best=self.beams)
+            beams = self.ask(self.planner, episodes, situations)
             planned = [episode.fresh_first(best, "subgoal") for episode, best in zip(episodes, beams, strict=True)]
         subgoals = [self.subgoal(episode, best[0]) for episode, best in zip(episodes, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
-        return subgoals, self.executor.answers(states, self.beams, best=self.beams)
+        return subgoals, self.ask(self.executor, episodes, states)
+
+    def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
+        """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams."""
+        found = {}
+        for hesitant, beams in ((False, 1), (True, self.beams)):
+            some = [i for i, episode in enumerate(episodes) if episode.hesitates == hesitant]
+            found |= zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True)
+        return [found[i] for i in range(len(episodes))]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
         """The sub-goal that the executor gets where the planner would say `planned`.
@@ -200,6 +208,12 @@ class Live:
                        if (step["look"], step["inventory"]) == (self.state["look"], self.state["inventory"]))
         return sorted(candidates, key=lambda name: here[name] >= OFTEN[kind] and not PATIENT.match(name))
 
+    @property
+    def hesitates(self) -> bool:
+        """Whether one answer will not do: in its present state an action was refused, or it has been in it before."""
+        return bool(self.refused) or any(
+            (step["look"], step["inventory"]) == (self.state["look"], self.state["inventory"]) for step in self.steps)
+
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
         self.state = game.state()
@@ -235,6 +249,8 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
             for current, subgoal, candidates in zip(episodes, *agent.choose(episodes), strict=True):
                 with simulator.watched():
                     completed = move(current, subgoal, candidates)
+                if completed is None:
+                    continue  # the next time, all beams are asked for
                 current.ended = ending(current, completed)
                 watch(current)
         except SimulatorDied as death:
@@ -251,13 +267,15 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
         episodes = [episode for episode in episodes if not episode.ended]
 
 
-def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool:
+def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | None:
     """Take the first candidate that the simulator accepts, else a makeshift; returns whether that completed the task.
 
+    None if the greedy answer alone was refused: no move was made, and from now on the episode hesitates.
     Only the likeliest may be a focus: on the wrong object it fails the task for good. A stuck agent tries the same
     again and again: what was refused is remembered until something visible changes, and so are the valid actions, which
     take up to a second to list.
     """
+    hesitated = episode.hesitates
     ordered = episode.fresh_first(candidates, "action")
     for action in ordered:
         focus = action.startswith("focus ") and action != candidates[0]
@@ -268,6 +286,8 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool:
             break
         episode.refused.add(action)
     else:
+        if len(candidates) == 1 and not hesitated:
+            return None
         episode.valid = episode.valid or episode.game.valid_actions()
         action = makeshift(candidates, episode.valid)
         observation, score, completed = episode.game.step(action)

@@ -128,6 +128,23 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
         assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
 
 
+def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
+    class Student:
+        asked = []
+
+        def answers(self, states, beams, best=1):
+            self.asked += [best] * len(states)
+            return [["go to nowhere", "open door to kitchen", "go to kitchen"][:best]] * len(states)
+
+    agent, episode, moves = Agent(Student(), None, "none", [], beams=3), begun(simulator, *FIND_PLANT), []
+    for _ in range(4):
+        (subgoal,), (candidates,) = agent.choose([episode])
+        move(episode, subgoal, candidates)
+        moves.append(len(episode.steps))
+    assert Student.asked == [1, 3, 3, 1] and moves == [0, 1, 2, 2], "the kitchen is a new state"
+    assert taken(episode) == ["open door to kitchen", "go to kitchen"] and episode.invalid == [0, 1]
+
+
 @pytest.mark.parametrize("candidate, instead", [
     ("move unknown substance B to the crate", "look around"),
     ("move unknown substance B to rod box", "look around"),
@@ -136,7 +153,7 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
 def test_a_makeshift_keeps_the_box_that_something_is_moved_to(simulator, candidate, instead):
     episode = begun(simulator, *WARMER, TO_THE_BOXES)
     before = episode.score
-    completed = move(episode, None, [candidate])
+    completed = move(episode, None, [candidate, "fly"])
     assert taken(episode)[-1] == instead and completed == (instead != "look around")
     assert 0 < before <= episode.score, "the wrong box is -100, and final"
 
