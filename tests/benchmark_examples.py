@@ -37,7 +37,7 @@ def student(model: str, count: int, train: list[Episode], dev: list[Episode], ou
     name, *flags = model.split()
     folder = output / f"{count}-{'-'.join([Path(name).name, *(flag.strip('-') for flag in flags if '/' not in flag)])}"
     if not (folder / "student.json").exists():
-        data = folder.with_suffix(".jsonl")
+        data = output / f"{count}.jsonl"
         with jsonlines.open(data, "w") as file:
             file.write_all([*train[: count or 1], *dev])
         flags += [] if count else ["--max_steps", "1", "--learning_rate", "0"]
