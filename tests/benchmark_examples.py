@@ -1,10 +1,10 @@
 """How many examples does a student need? Exact match on dev by the number of trajectories, for several models.
 
     python tests/benchmark_examples.py --data runs/demo/train.jsonl runs/demo/dev.jsonl --trajectories 8 32 \\
-        --models "tiny --max_steps 2000" "gemma-3-270m --lora 16 --num_train_epochs 3 --template prompts/…"
+        --models "from scratch: tiny --max_steps 2000" "LoRA: gemma-3-270m --lora 16 --num_train_epochs 3"
 
-Trains an executor by each model's flags on the first N trajectories, taken in turn from all tasks; 0 asks the model as
-it is. Prints a table and the same as a plot for Markdown; what is finished already is not trained again.
+Trains an executor of each model, by its flags, on the first N trajectories, which are taken in turn from all tasks; 0
+asks the model as it is. Prints a table and, for Markdown, a plot; what is finished is not trained again.
 """
 
 import argparse
@@ -34,8 +34,9 @@ def in_turn(episodes: list[Episode]) -> list[Episode]:
 
 def student(model: str, count: int, train: list[Episode], dev: list[Episode], output: Path) -> dict:
     """What student.json says of an executor trained on some trajectories."""
-    name, *flags = model.split()
-    folder = output / f"{count}-{'-'.join([Path(name).name, *(flag.strip('-') for flag in flags if '/' not in flag)])}"
+    label, _, settings = model.partition(": ")
+    name, *flags = settings.split()
+    folder = output / f"{count} {label}"
     if not (folder / "student.json").exists():
         data = output / f"{count}.jsonl"
         with jsonlines.open(data, "w") as file:
@@ -49,11 +50,13 @@ def student(model: str, count: int, train: list[Episode], dev: list[Episode], ou
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="annotated episodes of splits train and dev")
-    parser.add_argument("--models", nargs="+", required=True, help="each a model and flags of its training")
+    parser.add_argument("--models", nargs="+", required=True, help="each a label: a model and flags of its training")
     parser.add_argument("--trajectories", nargs="+", type=int, default=[0, 8, 32, 128], help="to train on")
     parser.add_argument("--dev", type=int, default=16, help="dev trajectories, taken in turn from all tasks")
     parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the students")
     args = parser.parse_args()
+    if any(": " not in model for model in args.models):
+        parser.error("--models takes labels before the models: 'from scratch: tiny --max_steps 2000'")
 
     args.output.mkdir(parents=True, exist_ok=True)
     episodes = [episode for path in args.data for episode in read_episodes(path)]
@@ -66,7 +69,7 @@ def main():
           f"| model | {' | '.join(map(str, args.trajectories))} |\n| --- |{' --- |' * len(args.trajectories)}")
     for model, row in rows.items():
         cells = [f"{100 * about['dev_exact_match']:.0f}% ({about['dev_loss']:.2f})" for about in row]
-        print(f"| {model} | {' | '.join(cells)} |")
+        print(f"| {model.partition(':')[0]} | {' | '.join(cells)} |")
     print("\n```mermaid\nxychart-beta\n    x-axis \"trajectories\"", json.dumps(list(map(str, args.trajectories))),
           "\n    y-axis \"exact match, %\" 0 --> 100")
     for row in rows.values():
