@@ -50,7 +50,7 @@ else ifeq ($(PRESET),paper)
 else ifeq ($(PRESET),modern)
   TRAIN_SETS     ?= $(THINNED)
   MODEL          ?= Qwen/Qwen3-0.6B
-  # 0.6 G parameters at 16 bytes are 9.6 GB; logits are computed for the answers' tokens alone, so that they cost nothing.
+  # 0.6 G parameters at 16 bytes are 9.6 GB; logits are computed for the answers' tokens alone, and cost little.
   SUBGOAL_FLAGS  ?= --activation_checkpointing --learning_rate 2e-5 --num_train_epochs 3 --warmup_steps 100 \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 8
   ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)

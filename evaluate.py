@@ -202,17 +202,20 @@ class Live:
     def score(self) -> int:
         return self.steps[-1]["score"] if self.steps else 0
 
-    def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
-        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
-        here = Counter(step[kind] for step in self.steps
-                       if (step["look"], step["inventory"]) == (self.state["look"], self.state["inventory"]))
-        return sorted(candidates, key=lambda name: here[name] >= OFTEN[kind] and not PATIENT.match(name))
+    @property
+    def here(self) -> list[Step]:
+        """The steps that were taken in the very state in which it is now."""
+        return [step for step in self.steps if {name: step[name] for name in self.state} == self.state]
 
     @property
     def hesitates(self) -> bool:
         """Whether one answer will not do: in its present state an action was refused, or it has been in it before."""
-        return bool(self.refused) or any(
-            (step["look"], step["inventory"]) == (self.state["look"], self.state["inventory"]) for step in self.steps)
+        return bool(self.refused or self.here)
+
+    def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
+        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
+        chosen = Counter(step[kind] for step in self.here)
+        return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)

@@ -187,8 +187,9 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
             for name in sorted({name for answer in answers for name in objects_of(answer)})}
 
 
-def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
-            ) -> tuple[str, str]:
+def renamed(
+    text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
+) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
@@ -508,17 +509,19 @@ class Order:
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
         self.update, self.seed = update, seed
         tasks = np.asarray(tasks or [""] * len(lengths))
-        places = [np.flatnonzero(tasks == task) for task in sorted(set(tasks))]
-        self.shares = [(some, min(per_task, REPEATED * len(some)) if per_task else len(some)) for some in places]
+        self.shares = []  # of each task: the places of its examples, and how many are shown in an epoch
+        for task in sorted(set(tasks)):
+            places = np.flatnonzero(tasks == task)
+            self.shares.append((places, min(per_task, REPEATED * len(places)) if per_task else len(places)))
         self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         count, shown = len(self.lengths), []  # `count + 3` is example 3 in its second showing
-        for some, share in self.shares:
-            rounds = [generator.permutation(some) + count * time for time in range(-(-share // len(some)))]
-            shown.append(np.concatenate(rounds)[:share])
+        for places, share in self.shares:
+            showings = [generator.permutation(places) + count * n for n in range(-(-share // len(places)))]
+            shown.append(np.concatenate(showings)[:share])
         order = generator.permutation(np.concatenate(shown))
         order = order[np.argsort(self.lengths[order % count], kind="stable")]
         order = np.resize(order, len(self))  # the last update is filled up
