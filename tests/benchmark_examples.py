@@ -1,7 +1,10 @@
 """How many examples does a student need? Exact match on dev by the number of trajectories, for several models.
 
-    python tests/benchmark_examples.py --data runs/demo/train.jsonl runs/demo/dev.jsonl --trajectories 8 32 \\
-        --models "from scratch: tiny --max_steps 2000" "LoRA: gemma-3-270m --lora 16 --num_train_epochs 3"
+    GEMMA="gemma-3-270m --template prompts/action_compact.jinja --num_train_epochs 3 --warmup_steps 10 --eval_steps 0.5
+        --save_steps 0.5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1"
+    python tests/benchmark_examples.py --data runs/demo/train.jsonl runs/demo/dev.jsonl --trajectories 8 32 --dev 12 \\
+        --models "whole: $GEMMA --learning_rate 5e-5" "LoRA: $GEMMA --learning_rate 5e-4 --lora 16" \\
+        "from scratch: tiny --max_steps 2000"
 
 Trains an executor of each model, by its flags, on the first N trajectories, which are taken in turn from all tasks; 0
 asks the model as it is. Prints a table and, for Markdown, a plot; what is finished is not trained again.
