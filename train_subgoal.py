@@ -548,6 +548,7 @@ def make_trainer(
     model, tokenizer, training, train: Examples, dev: list[dict], per_task: int | None
 ) -> "transformers.Trainer":
     """Hugging Face's Trainer, with our loss, our order of the examples, and a line where it would print a record."""
+    import torch
     from torch.utils.data import DataLoader
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -555,16 +556,18 @@ def make_trainer(
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
-    chooses = "logits_to_keep" in inspect.signature(whole.forward).parameters
+    chooses = not whole.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     def collate(examples: list[dict]) -> dict:
-        """A batch, with the labels of those places alone that have one, at which alone a decoder computes its logits.
+        """A batch, of whose places a decoder computes logits at those alone that have a label, and at the one before.
 
-        Of a question's other tokens, logits over a vocabulary of 262,144 cost more than all the layers before.
+        Of a question's other tokens, logits over a vocabulary of 262,144 cost more than all the layers before. The
+        place before is for the Trainer, which counts a decoder's labels from the second place on.
         """
         batch = collator(examples)
         if chooses:
-            batch["logits_to_keep"] = batch["labels"].ne(-100).any(0).nonzero()[:, 0]
+            first, *others = batch["labels"].ne(-100).any(0).nonzero()[:, 0].tolist()
+            batch["logits_to_keep"] = torch.tensor([first - 1, first, *others])
             batch["labels"] = batch["labels"][:, batch["logits_to_keep"]]
         return batch
 
