@@ -384,6 +384,8 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
         if options.model not in SIZES:
             model_class(options.model)
         about, texts = prepare(role, options, make_examples, **more)
+        if training.world_size != (started := int(os.environ.get("WORLD_SIZE", 1))):
+            fail(f"{started} processes were started, but would train each for itself. On CPUs add --use_cpu.")
         if training.per_device_train_batch_size % training.world_size:
             fail(f"{training.world_size} processes cannot share batches of {training.per_device_train_batch_size} "
                  "evenly. Start another number of them, or change --per_device_train_batch_size.")

@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, command, kill_when, run
 
 import train_action
@@ -116,16 +117,12 @@ def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_ta
 
 
 def test_a_model_from_scratch_starts_with_a_cross_attention_that_copies():
-    import torch
-
     attention = new_model("tiny", 100).decoder.block[0].layer[1].EncDecAttention
     assert torch.allclose(attention.o.weight @ attention.v.weight, torch.eye(128), atol=1e-5)
 
 
 def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_word_just_written():
     """Untrained, it says of a text that it is to copy what follows with less surprise than without those heads."""
-    import torch
-
     torch.manual_seed(0)
     text = torch.randperm(900)[:120].reshape(2, 60) + 10
     losses = []
@@ -271,7 +268,6 @@ def test_a_student_says_its_scores_and_apart_from_them_those_on_answers_that_it_
 
 @pytest.mark.parametrize("script", [PLANNER, EXECUTOR])
 def test_a_killed_training_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, data, script):
-    import torch
     from safetensors.torch import load_file
 
     flags = ["--data", data, "--model", "nano", "--max_steps", 40, "--learning_rate", 1e-3, "--output_dir"]
@@ -309,6 +305,13 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, alone, sharing):
     assert_close(losses(folder), losses(tmp_path / "two"), by=1e-2)
     assert_close(losses(folder, "eval_loss"), losses(tmp_path / "two", "eval_loss"), by=0.1)
     assert about(folder).keys() == about(tmp_path / "two").keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they do train together")
+def test_processes_that_would_train_each_for_itself_are_refused(tmp_path, alone):
+    flags = [flag for flag in alone[1] if flag != "--use_cpu"]
+    refused = by_two_processes(EXECUTOR, *flags, tmp_path / "two")
+    assert refused.returncode and "On CPUs add --use_cpu" in refused.stderr and not (tmp_path / "two").exists()
 
 
 def test_accumulated_batches_count_as_one_large_batch(tmp_path, alone):
