@@ -58,6 +58,7 @@ else ifeq ($(PRESET),modern)
   SIZES          ?= HuggingFaceTB/SmolLM2-135M HuggingFaceTB/SmolLM2-360M
 else ifeq ($(PRESET),scratch)
   TRAIN_SETS     ?= $(THINNED)
+  DEV_VARIATIONS ?= 3
   ANNOTATOR      ?= rules
   MODEL          ?= tiny
   SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 6
