@@ -220,13 +220,13 @@ def whole(name: str) -> re.Pattern:
 def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
-    Brackets and commas are set apart by spaces before the split and joined again on decoding, so that the kitchen of
-    `navigate_to(kitchen)` and of `go to kitchen` is one and the same token, which a small model can copy.
+    Brackets, commas and stops are set apart by spaces before the split and joined again on decoding: the lead of
+    `find(lead)` and of `Your task is to boil lead.` is one and the same token, which a small model can copy.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    apart = [normalizers.Replace(mark, f" {mark} ") for mark in "(),"]
+    apart = [normalizers.Replace(mark, f" {mark} ") for mark in "(),."]
     tokenizer.normalizer = normalizers.Sequence(
         [*apart, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
