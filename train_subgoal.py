@@ -220,8 +220,9 @@ def whole(name: str) -> re.Pattern:
 def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
-    Brackets, commas and stops are set apart by spaces before the split and joined again on decoding: the lead of
-    `find(lead)` and of `Your task is to boil lead.` is one and the same token, which a small model can copy.
+    Brackets, commas and stops are set apart by spaces before the split: the lead of `find(lead)` and of `Your task is
+    to boil lead.` is one and the same token, which a small model can copy. Decoding joins them again, but for stops,
+    which no sub-goal and no action has.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -557,8 +558,8 @@ def make_trainer(
     order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
-    chooses = not whole.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(whole.forward).parameters
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
+    chooses = not bare.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(bare.forward).parameters
 
     def collate(examples: list[dict]) -> dict:
         """A batch, of whose places a decoder computes logits at those alone that have a label, and at the one before.
