@@ -794,6 +794,15 @@ def read_episodes(path: str | Path) -> list[Episode]:
     return episodes
 
 
+def read_annotated(path: str | Path) -> list[Episode]:
+    """All episodes of a JSONL file; ends the program if a step of one has no sub-goal."""
+    episodes = read_episodes(path)
+    for episode in episodes:
+        if None in labels_of(episode):
+            fail(f"{path}: {episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
+    return episodes
+
+
 def whole_records(path: Path) -> list[dict]:
     """What stands in a file that another run may be writing; nothing, if there is none."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -935,13 +944,12 @@ logging.getLogger().addFilter(lambda record: "py4j" not in record.pathname)
 
 def read_input(args: argparse.Namespace, tasks: list[str]) -> dict[tuple[str, int], Episode]:
     """The trajectories of --input, without what was said by whoever named their sub-goals before."""
-    known = {pair_of(e): e for e in read_episodes(args.input) if e["task"] in tasks and e["split"] == args.split}
-    for (task, variation), episode in known.items():
+    read = read_annotated if args.annotator == "keep" else read_episodes
+    known = {pair_of(e): e for e in read(args.input) if e["task"] in tasks and e["split"] == args.split}
+    for episode in known.values():
         namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
         if args.annotator == "keep":
             episode["annotator"] = namer
-            if None in labels_of(episode):
-                fail(f"{args.input}: {task} {variation} has no sub-goals to keep.")
     if not known:
         fail(f"{args.input} holds no {args.split} trajectory of these tasks. Name another file, --tasks or --split.")
     return known

@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 from annotate import (
     ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
-    digest, fail, in_threads, parse_action, positive, read_episodes, resolve_tasks, split_variations, stop
+    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, split_variations,
+    stop
 )
 from train_action import executor_state
 from train_subgoal import (
@@ -111,8 +112,8 @@ class Agent:
 
     def __init__(self, executor: "Student", planner: "Student | None", subgoals: str, known: list[Episode], beams: int):
         self.executor, self.planner, self.subgoals, self.beams = executor, planner, subgoals, beams
-        self.pool = sorted({step["subgoal"] for episode in known for step in episode["steps"]})
         self.experts = {(e["task"], e["variation"]): [step for _, step in trained_states(e)] for e in known}
+        self.pool = sorted({step["subgoal"] for steps in self.experts.values() for step in steps})
 
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
@@ -790,7 +791,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
         fail(f"{args.action_model} was trained {'with' if flat else 'without'} --flat: it acts with --subgoals "
              f"{'none' if flat else 'model, random, semi-random or oracle'}.")
     planner = Student(args.subgoal_model, "subgoal", args.engine) if "subgoal_model" in needs else None
-    known = read_episodes(args.data) if "data" in needs else []
+    known = read_annotated(args.data) if "data" in needs else []
     return Agent(executor, planner, args.subgoals, known, args.beams)
 
 

@@ -30,6 +30,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import huggingface_hub
@@ -39,12 +40,13 @@ import pandas as pd
 import scienceworld
 import transformers  # loads its parts, and PyTorch, only when they are used
 
-from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, read_episodes, room_of
+from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, read_annotated, room_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those of a training are flags: see `Options`, and the defaults of `parse_flags`.
 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
+TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
 SIZES = {  # T5s built from scratch, by name: width, layers of encoder and decoder, heads
     "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
@@ -82,9 +84,10 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
     score        percent so far                    history    last ten steps: action, reward, observation
     look, inventory, room                          visited    rooms seen so far, in order of the first visit
     changed      whether the step before changed   lasted     steps that were taken towards `subgoal`, without a break
-                 look or inventory
+                 look or inventory                 results    of finished sub-goals that ended in a measurement or
+                                                              the like: the last observation
     """
-    subgoals = [(name, len(list(group))) for name, group in groupby(step["subgoal"] for step in steps)]
+    pursued = [(name, list(group)) for name, group in groupby(steps, key=itemgetter("subgoal"))]
     scores = [0] + [step["score"] for step in steps]
     history = [
         {"action": step["action"], "observation": step["observation"], "reward": after - before}
@@ -95,9 +98,11 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
         "description": description,
         "step": len(steps) + 1,
         "score": scores[-1],
-        "completed": [name for name, _ in subgoals[:-1]],
-        "subgoal": subgoals[-1][0] if subgoals else None,
-        "lasted": subgoals[-1][1] if subgoals else 0,
+        "completed": [name for name, _ in pursued[:-1]],
+        "subgoal": pursued[-1][0] if pursued else None,
+        "lasted": len(pursued[-1][1]) if pursued else 0,
+        "results": {name: taken[-1]["observation"] for name, taken in pursued[:-1]
+                    if TELLING.match(taken[-1]["action"])},
         "changed": not steps or (steps[-1]["look"], steps[-1]["inventory"]) != (look, inventory),
         "history": history[-HISTORY:],
         "look": look,
@@ -108,8 +113,13 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
 
 
 def trained_states(episode: Episode) -> Iterator[tuple[dict, Step]]:
-    """(state, step taken in it) of an expert's steps, without those that are left out of training."""
-    steps = [step for step in episode["steps"] if not UNTRAINED.fullmatch(step["action"])]
+    """(state, step taken in it) of an expert's steps, without those that are left out of training.
+
+    What a student is to say is in small letters, as most of the expert's actions are: `focus on unknown substance b`.
+    The simulator takes them for any, and students need not learn when to write which.
+    """
+    steps = [{**step, "subgoal": step["subgoal"].lower(), "action": step["action"].lower()}
+             for step in episode["steps"] if not UNTRAINED.fullmatch(step["action"])]
     for i, step in enumerate(steps):
         yield state_of(episode["description"], steps[:i], step["look"], step["inventory"]), step
 
@@ -200,17 +210,17 @@ def renamed(
         if chance.random() < share and len(whole(name).findall(text)) >= least:
             new[name] = " ".join(chance.choices(words, k=chance.randint(1, 3)))
             if chance.random() < 0.2:
-                new[name] += " " + chance.choice(string.ascii_uppercase + string.digits)
+                new[name] += " " + chance.choice(string.ascii_lowercase + string.digits)
     if not new:
         return text, answer
-    old = re.compile("|".join(whole(name).pattern for name in sorted(new, key=len, reverse=True)))
-    return old.sub(lambda name: new[name[0]], text), old.sub(lambda name: new[name[0]], answer)
+    old = re.compile("|".join(whole(name).pattern for name in sorted(new, key=len, reverse=True)), re.IGNORECASE)
+    return tuple(old.sub(lambda name: new[name[0].lower()], part) for part in (text, answer))
 
 
 @cache
 def whole(name: str) -> re.Pattern:
-    """Finds a name where it is not part of a longer word."""
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+    """Finds a name, in small letters or capitals, where it is not part of a longer word."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,16 +230,16 @@ def whole(name: str) -> re.Pattern:
 def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
-    Brackets, commas and stops are set apart by spaces before the split: the lead of `find(lead)` and of `Your task is
-    to boil lead.` is one and the same token, which a small model can copy. Decoding joins them again, but for stops,
-    which no sub-goal and no action has.
+    Brackets, commas and stops are set apart by spaces before the split, and letters are small: the lead of `find(lead)`
+    and of `Your task is to boil lead.`, the B of a look and the b of an action are one and the same token, which a
+    small model can copy. Decoding joins brackets and commas again; stops no sub-goal and no action has.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     apart = [normalizers.Replace(mark, f" {mark} ") for mark in "(),."]
     tokenizer.normalizer = normalizers.Sequence(
-        [*apart, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+        [*apart, normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
     together = [decoders.Replace(*pair) for pair in [(" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", ")]]
@@ -457,13 +467,10 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 
 def read_data(paths: list[str]) -> list[Episode]:
     """The annotated episodes of some files, of splits train and dev, in the order of tasks and variations."""
-    episodes = sorted((episode for path in paths for episode in read_episodes(path)),
+    episodes = sorted((episode for path in paths for episode in read_annotated(path)),
                       key=lambda episode: (episode["task"], episode["variation"]))
     if any(episode["split"] == "test" for episode in episodes):
         fail("--data holds test episodes. Train on the splits train and dev alone.")
-    for episode in episodes:
-        if any(step["subgoal"] is None for step in episode["steps"]):
-            fail(f"{episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
     if not any(episode["split"] == "dev" for episode in episodes):
         episodes = [{**episode, "split": "train" if i % 20 else "dev"} for i, episode in enumerate(episodes)]
     if not any(episode["split"] == "train" for episode in episodes):

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from conftest import ROOT, command, kill_when, run
 
 import train_action
 import train_subgoal
-from annotate import read_episodes
+from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
@@ -78,6 +80,33 @@ def test_a_small_planner_is_shown_all_that_it_has_done_and_whether_the_last_step
     assert "nothing changed" not in render(template("subgoal_compact"), state_of("Boil.", steps, "It is 5.", ""))
 
 
+def test_a_small_planner_remembers_what_it_has_measured_and_read():
+    steps = [dict(look="", inventory="", subgoal=name, action=action, observation=observation, score=0)
+             for name, action, observation in (
+                 ("time(plane a)", "look at plane a", "a block at the bottom"),
+                 ("time(plane a)", "examine stopwatch", "The time reads 24 ticks."),
+                 ("read(recipe)", "read recipe", "To make salt water, you need to mix sodium chloride, water."),
+                 ("drop(recipe)", "drop recipe", "You drop it."), ("time(plane b)", "examine stopwatch", "9 ticks"))]
+    state = state_of("Which?", steps, "", "")
+    assert list(state["results"]) == ["time(plane a)", "read(recipe)"], "of what is finished, and was done to know it"
+    assert "done: time(plane a) with The time reads 24 ticks ; read(recipe) with To make" in render(
+        template("subgoal_compact"), state)
+
+
+def test_students_say_everything_in_small_letters_which_the_simulator_takes(experts):
+    step = {**experts[0]["steps"][0], "subgoal": "focus_on(substance B)", "action": "Focus on B"}
+    episode = {**experts[0], "steps": [step]}
+    assert [answer for _, answer in subgoal_examples(episode)] == ["focus_on(substance b)"]
+    assert [(state["subgoal"], answer) for state, answer in action_examples(episode)] == [
+        ("focus_on(substance b)", "focus on b")]
+    with closing(Simulator()) as simulator, simulator.watched():
+        game = simulator.game()
+        game.load("test-conductivity-of-unknown-substances", 0)
+        [name] = set(re.findall("unknown substance [A-Z]", game.server.getTaskDescription()))
+        game.step("teleport to " + re.search("around the ([a-z ]+)", game.server.getTaskDescription())[1])
+        assert game.step(f"pick up {name.lower()}")[0] == f"You move the {name} to the inventory."
+
+
 @pytest.mark.parametrize("name", ["action", "action_compact"])
 def test_the_flat_baseline_sees_no_subgoal(experts, name):
     for episode in experts:
@@ -110,10 +139,11 @@ def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_ta
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(students["subgoal"])
-    for text in {step[field] for episode in experts for step in episode["steps"] for field in ("subgoal", "action")}:
+    for text in {step[field] for episode in experts for _, step in trained_states(episode)
+                 for field in ("subgoal", "action")}:
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     assert all("▁kitchen" in tokenizer.tokenize(text) for text in (
-        "navigate_to(kitchen)", "go to kitchen", "found in the kitchen.", "kitchen, hall")), "to be copied, one token"
+        "navigate_to(kitchen)", "go to kitchen", "found in the kitchen.", "Kitchen, hall")), "to be copied, one token"
 
 
 def test_a_model_from_scratch_starts_with_a_cross_attention_that_copies():
@@ -156,6 +186,14 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
         box, table = wanted.removeprefix("move ").split(" to ")
         assert question == f"subgoal: move({box}, {table}) | sees: {box} , red boxes , {table} , {table}"
     assert {wanted.startswith("move red box") + 2 * wanted.endswith("to table") for _, wanted in seen} == {0, 1, 2, 3}
+
+
+def test_a_renamed_letter_is_renamed_as_a_capital_too():
+    named = {"unknown substance b": 2}
+    text, answer = renamed("focus: unknown substance b | sees: unknown substance B", "focus on unknown substance b",
+                           named, ["wire"], random.Random(0), 1)
+    name = answer.removeprefix("focus on ")
+    assert "unknown" not in name and text == f"focus: {name} | sees: {name}"
 
 
 def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
