@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import groupby, islice, permutations
 from pathlib import Path
 from typing import NotRequired
 
@@ -53,7 +53,7 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states
+    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,9 +281,9 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
     """
     hesitated = episode.hesitates
     ordered = episode.fresh_first(candidates, "action")
-    for action in ordered:
-        focus = action.startswith("focus ") and action != candidates[0]
-        if focus or action in episode.refused:
+    allowed = [said for said in ordered if said == candidates[0] or not said.startswith("focus ")]
+    for action in (wording for said in allowed for wording in wordings(said, episode.state)):
+        if action in episode.refused:
             continue
         observation, score, completed = episode.game.step(action)
         if not observation.startswith(REFUSED):
@@ -309,6 +309,21 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
     if state != episode.state:
         episode.state, episode.refused, episode.valid = state, set(), []
     return completed
+
+
+def wordings(action: str, state: dict) -> Iterator[str]:
+    """An action; then, if that is refused, with its objects' words in the order in which look or inventory have them.
+
+    Experts say `egg turtle` and `baby baby wolf` of what a look calls turtle egg and baby wolf. Not every egg answers
+    to both.
+    """
+    yield action
+    for name in parse_action(action)[1]:
+        words = dict.fromkeys(name.split())
+        orders = map(" ".join, permutations(words)) if len(words) <= 4 else ()
+        seen = (order for order in orders if whole(order).search(f"{state['look']} {state['inventory']}"))
+        action = action.replace(name, next(seen, name))
+    yield action
 
 
 def makeshift(candidates: list[str], valid: list[str]) -> str:
@@ -796,7 +811,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, makeshift, ending, OFTEN, PATIENT.pattern)
+DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, OFTEN, PATIENT.pattern)
 
 
 def run(args: argparse.Namespace):

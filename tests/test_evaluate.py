@@ -145,6 +145,15 @@ def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_stat
     assert taken(episode) == ["open door to kitchen", "go to kitchen"] and episode.invalid == [0, 1]
 
 
+@pytest.mark.parametrize("said, taken_instead", [
+    ("focus on egg frog", "focus on frog egg"), ("focus on egg giraffe", "look around")])
+def test_what_the_look_calls_by_the_same_words_in_another_order_is_found(simulator, said, taken_instead):
+    episode = begun(simulator, "find-animal", 226, ["teleport to outside"])
+    assert "a frog egg" in episode.state["look"]
+    move(episode, None, [said, "focus on baby wolf"])
+    assert taken(episode)[-1] == taken_instead and episode.invalid[-1] == len(episode.steps) - 1
+
+
 @pytest.mark.parametrize("candidate, instead", [
     ("move unknown substance B to the crate", "look around"),
     ("move unknown substance B to rod box", "look around"),
