@@ -54,7 +54,6 @@ SIZES = {  # T5s built from scratch, by name: width, layers of encoder and decod
     "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
-GLUE = ("a", "of", "the", "with")  # words of names that say nothing of the object
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
@@ -63,7 +62,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations of the demo.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=400, rename=0.3,
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=320, rename=0.3,
                load_best_model_at_end=False)  # the last answers best, though its loss is not the lowest
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
@@ -189,28 +188,13 @@ def objects_of(answer: str) -> list[str]:
     return [name for part in parts for name in re.split(" (?:in|on|containing|and) ", part) if name]
 
 
-def shared_words(words: list[str], description: str) -> list[str]:
-    """What a task's description has of an object's words, in runs as long as can be: moth, of `egg moth`."""
-    runs = [(start, end) for start in range(len(words)) for end in range(start + 1, len(words) + 1)
-            if (run := " ".join(words[start:end])) not in GLUE and whole(run).search(description)]
-    if not runs:
-        return []
-    start, end = max(runs, key=lambda run: run[1] - run[0])
-    before, after = (shared_words(rest, description) for rest in (words[:start], words[end:]))
-    return [*before, " ".join(words[start:end]), *after]
-
-
 def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
-    """What an episode's answers name; and how often a text must have it for `renamed` to rename it.
+    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
 
-    Of an object that shares words with the description these words alone, and once will do: the moth that is asked for
-    and its egg have one name still. Others twice: what a text names but once was chosen among others for what it is.
+    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
     """
-    named = {}
-    for name in sorted({name for answer in answers for name in objects_of(answer)}):
-        shared = shared_words(name.split(), description)
-        named |= dict.fromkeys(shared, 1) or {name: 2}
-    return named
+    return {name: 1 if whole(name).search(description) else 2
+            for name in sorted({name for answer in answers for name in objects_of(answer)})}
 
 
 def renamed(

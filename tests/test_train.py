@@ -188,17 +188,6 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
     assert {wanted.startswith("move red box") + 2 * wanted.endswith("to table") for _, wanted in seen} == {0, 1, 2, 3}
 
 
-def test_what_the_task_asks_for_keeps_one_name_in_all_that_is_seen_and_said():
-    task, answer = "the stages of the moth", "focus_on(egg moth, outside)"
-    named = named_in(task, [answer, "move(red box, table)"])
-    assert named == {"moth": 1, "outside": 2, "red box": 2, "table": 2}
-    text, said = renamed(f"task: {task} | sees: moth egg , dove egg", answer, named, ["wire"], random.Random(1), 1)
-    moth = said.removeprefix("focus_on(egg ").removesuffix(", outside)")
-    assert "wire" in moth and text == f"task: the stages of the {moth} | sees: {moth} egg , dove egg"
-    assert named_in("the two inclined planes (C, F)", ["move block to inclined plane c"]) == {
-        "block": 2, "inclined": 1, "c": 1}
-
-
 def test_a_renamed_letter_is_renamed_as_a_capital_too():
     named = {"unknown substance b": 2}
     text, answer = renamed("focus: unknown substance b | sees: unknown substance B", "focus on unknown substance b",
