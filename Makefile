@@ -178,7 +178,7 @@ $(patsubst PLAY.%,$(RUN)/%.jsonl,$(filter PLAY.%,$(.VARIABLES))): evaluate.py
 
 VARIANT = $(SUB) agents RUN=$(RUN)/$@
 COMPARE = $(SUB) report REPORT=$(RUN)/$@/report EPISODES="$$(find $(RUN)/hierarchical.jsonl $(RUN)/flat.jsonl $(RUN)/$@ \
-  -name hierarchical.jsonl -o -name flat.jsonl | sort)"
+  -name hierarchical.jsonl -o -name flat.jsonl | sort | tr '\n' ' ')"
 
 ablations: students       ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
 	@mkdir -p $(RUN)/$@
