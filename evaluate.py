@@ -281,8 +281,8 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
     """
     hesitated = episode.hesitates
     ordered = episode.fresh_first(candidates, "action")
-    allowed = [said for said in ordered if said == candidates[0] or not said.startswith("focus ")]
-    for action in (wording for said in allowed for wording in wordings(said, episode.state)):
+    safe = [said for said in ordered if said == candidates[0] or not said.startswith("focus ")]
+    for action in (wording for said in safe for wording in wordings(said, episode.state)):
         if action in episode.refused:
             continue
         observation, score, completed = episode.game.step(action)
@@ -321,7 +321,7 @@ def wordings(action: str, state: dict) -> Iterator[str]:
     for name in parse_action(action)[1]:
         words = dict.fromkeys(name.split())
         orders = map(" ".join, permutations(words)) if len(words) <= 4 else ()
-        seen = (order for order in orders if whole(order).search(f"{state['look']} {state['inventory']}"))
+        seen = (order for order in orders if any(whole(order).search(text) for text in state.values()))
         action = action.replace(name, next(seen, name))
     yield action
 

@@ -107,6 +107,17 @@ def test_students_say_everything_in_small_letters_which_the_simulator_takes(expe
         assert game.step(f"pick up {name.lower()}")[0] == f"You move the {name} to the inventory."
 
 
+def test_what_has_no_subgoals_is_neither_learned_from_nor_played_by(tmp_path, experts, students):
+    path, episode = tmp_path / "unnamed.jsonl", experts[0]
+    nameless = [{**step, "subgoal": None} for step in episode["steps"]]
+    path.write_text(json.dumps({**episode, "steps": nameless}) + "\n")
+    for flags in (["train_subgoal.py", "--data", path, "--model", "nano", "--output_dir", tmp_path / "out"],
+                  ["evaluate.py", "--subgoals", "oracle", "--data", path, "--action-model", students["action"],
+                   "--output", tmp_path / "out.jsonl"],
+                  ["annotate.py", "--annotator", "keep", "--input", path, "--output", tmp_path / "kept.jsonl"]):
+        assert f"{episode['variation']} has no sub-goals. Annotate it" in run(*flags, code=2).stderr
+
+
 @pytest.mark.parametrize("name", ["action", "action_compact"])
 def test_the_flat_baseline_sees_no_subgoal(experts, name):
     for episode in experts:
