@@ -370,31 +370,6 @@ def room_of(look: str) -> str:
 # One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same.
 
 
-def align(rows: int, columns: int, gain: Callable[[int, int], float]) -> list[tuple[int, bool]]:
-    """The alignment of a sequence of `rows` items with one of `columns` items, both in order, that gains the most.
-
-    gain(row, column) is what a pair gains, 0 if the two do not belong together. Returns, for every column, the last row
-    used so far (-1: none yet) and whether it is this column's own.
-    """
-    best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-    for row in range(1, rows + 1):
-        for column in range(1, columns + 1):
-            apart = max(best[row - 1][column], best[row][column - 1])
-            gained = gain(row - 1, column - 1)
-            best[row][column] = max(apart, best[row - 1][column - 1] + gained) if gained else apart
-    aligned, row, column = [], rows, columns
-    while column:
-        if row and best[row][column] == best[row - 1][column]:
-            row -= 1
-        elif best[row][column] == best[row][column - 1]:
-            column -= 1
-            aligned.append((row - 1, False))
-        else:
-            row, column = row - 1, column - 1
-            aligned.append((row, True))
-    return aligned[::-1]
-
-
 VERB = re.compile(r"((?:open|close) door to|go to|pick up|put down|focus on|look (?:around|at|in)|[a-z]+)\d* ?(.*)")
 JOINTS = {"move": " to ", "connect": " to ", "pour": " into | in ", "use": " on "}
 
@@ -416,59 +391,43 @@ def deeds(episode: Episode) -> list[int]:
 def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     """The sub-goal of each of an episode's actions, after an annotated episode of its task; and the share that fitted.
 
-    What is done is aligned with what the source does. It fits when it has the verb of the action that it is aligned
-    with, or one that occurs in the sub-goal beside it (more waiting). Objects in a sub-goal's name become the new ones.
-    Walks are named by where they lead, and what does not fit as well: by the rules.
+    Deeds of one verb are aligned, in order, and take over the sub-goal of what they are aligned with; another one that
+    of what stands beside its place, if its verb occurs there (more waiting). Objects in a sub-goal's name become the
+    new ones. Walks are named by where they lead, and what does not fit as well: by the rules.
     """
     rows, columns = deeds(source), deeds(episode)
-    old = [parse_action(source["steps"][i]["action"]) for i in rows]
-    new = [parse_action(episode["steps"][i]["action"]) for i in columns]
-    runs = [list(run) for _, run in groupby(labels_of(source))]
-    numbers = [number for number, run in enumerate(runs) for _ in run]  # each step's sub-goal
-    part = [numbers[i] for i in rows]
-    verbs = {(number, verb) for number, (verb, _) in zip(part, old, strict=True)}
+    old, new = ([parse_action(actions_of(e)[i]) for i in places] for e, places in ((source, rows), (episode, columns)))
+    labels = [labels_of(source)[i] for i in rows]
+    verbs = {(label, verb) for label, (verb, _) in zip(labels, old, strict=True)}
+    kinds = ([(verb, len(objects)) for verb, objects in parsed] for parsed in (old, new))
+    fitted, pairs = {}, []
+    for kind, a, b, c, d in SequenceMatcher(None, *kinds, autojunk=False).get_opcodes():
+        beside = labels[max(0, a - 1) : b + 1]
+        for n in range(c, d):
+            verb, objects = new[n]
+            if kind == "equal":
+                fitted[columns[n]] = labels[a + n - c]
+                pairs += zip(old[a + n - c][1], objects, strict=True)
+            elif likely := [label for label in beside if (label, verb) in verbs]:
+                fitted[columns[n]] = likely[0]
+    pairs.append((source["description"], episode["description"]))
 
-    def near(row: int, column: int) -> int | None:
-        """The sub-goal at the source's `row` or after it in which a left-over action fits."""
-        places = [part[r] for r in (row, row + 1) if 0 <= r < len(old)]
-        return next((number for number in places if (number, new[column][0]) in verbs), None)
+    def renamed(label: str) -> str:
+        function, _, arguments = label.removesuffix(")").partition("(")
+        found = [next(filter(None, (replaced(one, *pair) for pair in pairs)), one) for one in arguments.split(", ")]
+        return f"{function}({', '.join(found)})"
 
-    def gain(row: int, column: int) -> float:
-        (verb, objects), (other, others) = old[row], new[column]
-        if verb != other or len(objects) != len(others):
-            return 0
-        alike = [rapidfuzz.fuzz.ratio(*pair) / 100 for pair in zip(objects, others, strict=True)]
-        return 1 + (sum(alike) / len(alike) if alike else 1)
-
-    aligned = align(len(old), len(new), gain)
-    homes = [part[row] if own else near(row, column) for column, (row, own) in enumerate(aligned)]
-    same = [(part[row], *pair) for column, (row, own) in enumerate(aligned) if own
-            for pair in zip(old[row][1], new[column][1], strict=True)]
-    same.append((None, source["description"], episode["description"]))
-
-    def rename(argument: str, number: int) -> str:
-        """An object's new name, from the aligned actions of its sub-goal, then of others, then the descriptions."""
-        for _, before, after in sorted(same, key=lambda pair: pair[0] != number):
-            if found := replaced(argument, before, after):
-                return found
-        return argument
-
-    names = {}
-    for number in {home for home in homes if home is not None}:
-        function, _, arguments = runs[number][0].removesuffix(")").partition("(")
-        names[number] = f"{function}({', '.join(rename(a, number) for a in arguments.split(', '))})"
-    ruled = labels_of(annotate_by_rules(episode))
-    carried = {i: names[home] for i, home in zip(columns, homes, strict=True) if home is not None}
-    labels = []
+    carried, ruled = {i: renamed(label) for i, label in fitted.items()}, labels_of(annotate_by_rules(episode))
+    given = []
     for i, label in enumerate(ruled):
         if i in carried:
             label = carried[i]
         elif i and (label == ruled[i - 1] or LOOK_ON.fullmatch(episode["steps"][i]["action"])):
-            label = labels[i - 1]
+            label = given[i - 1]
         elif ruled[i + 1 : i + 2] == [label]:
             label = carried.get(i + 1, label)
-        labels.append(label)
-    return labels, sum(home is not None for home in homes) / max(1, len(homes))
+        given.append(label)
+    return given, len(fitted) / max(1, len(columns))
 
 
 def replaced(phrase: str, before: str, after: str) -> str:
@@ -1032,7 +991,7 @@ def made_by(args: argparse.Namespace) -> dict:
     """What decides what stands in the output: a run goes on only with an output that was made by the same."""
     llm, carries = args.annotator == "llm", args.annotator == "examples" or args.propagate
     rules = RULES, LOOK_ON.pattern, compile_rule, next_subgoal, annotate_by_rules, join_walks, room_of
-    carrying = VERB.pattern, JOINTS, COVERED, align, parse_action, deeds, carry_over, replaced, annotate_by_examples
+    carrying = VERB.pattern, JOINTS, COVERED, parse_action, deeds, carry_over, replaced, annotate_by_examples
     prompts = *sorted(PROMPTS.glob("annotate*.jinja")), SUBGOAL, numbered, schema_for, messages_for, worked_examples
     return {
         "annotator": args.llm if llm else args.annotator,
