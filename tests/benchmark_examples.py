@@ -19,8 +19,6 @@ from collections import defaultdict
 from itertools import chain, zip_longest
 from pathlib import Path
 
-import jsonlines
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -42,8 +40,8 @@ def student(model: str, count: int, train: list[Episode], dev: list[Episode], ou
     folder = output / f"{count} {label}"
     if not (folder / "student.json").exists():
         data = output / f"{count}.jsonl"
-        with jsonlines.open(data, "w") as file:
-            file.write_all([*train[: count or 1], *dev])
+        with open(data, "w") as file:
+            file.writelines(json.dumps(episode) + "\n" for episode in [*train[: count or 1], *dev])
         flags += [] if count else ["--max_steps", "1", "--learning_rate", "0"]
         subprocess.run([sys.executable, ROOT / "train_action.py", "--data", data, "--model", name, *flags,
                         "--output_dir", folder], check=True)

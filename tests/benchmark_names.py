@@ -7,11 +7,10 @@ object, and all others.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
-
-import jsonlines
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,8 +33,8 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     episodes = read_episodes(args.data)
     held_out = [episode for episode in episodes if args.object in episode["description"]]
-    with jsonlines.open(args.output / "train.jsonl", "w") as file:
-        file.write_all(episode for episode in episodes if episode not in held_out)
+    with open(args.output / "train.jsonl", "w") as file:
+        file.writelines(json.dumps(episode) + "\n" for episode in episodes if episode not in held_out)
     print(f"{len(held_out)} of {len(episodes)} episodes are held out, as their task names the {args.object}.")
     for role, examples_of in ROLES.items():
         folder = args.output / role
