@@ -563,8 +563,8 @@ def make_trainer(
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
     order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
-    collator = transformers.DataCollatorForSeq2Seq(
-        tokenizer, model=model, pad_to_multiple_of=8 if training.bf16 else None)  # what a GPU's kernels like
+    # Multiples of 8 are what a GPU's kernels like; and a CPU's keep some memory for every length that they meet.
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8)
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
     chooses = not bare.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(bare.forward).parameters
 
