@@ -391,13 +391,14 @@ def deeds(episode: Episode) -> list[int]:
 def carry_over(source: Episode, episode: Episode) -> tuple[list[str], float]:
     """The sub-goal of each of an episode's actions, after an annotated episode of its task; and the share that fitted.
 
-    Deeds of one verb are aligned, in order, and take over the sub-goal of what they are aligned with; another one that
-    of what stands beside its place, if its verb occurs there (more waiting). Objects in a sub-goal's name become the
-    new ones. Walks are named by where they lead, and what does not fit as well: by the rules.
+    Deeds are aligned, in order, by verb and number of objects, and take over the sub-goal of what they are aligned
+    with. Of the others, one whose verb occurs in a sub-goal beside its place takes that (more waiting). Objects in the
+    name of a sub-goal become the new ones. Walks, and what fits nowhere, are named by the rules.
     """
     rows, columns = deeds(source), deeds(episode)
-    old, new = ([parse_action(actions_of(e)[i]) for i in places] for e, places in ((source, rows), (episode, columns)))
-    labels = [labels_of(source)[i] for i in rows]
+    old = [parse_action(source["steps"][i]["action"]) for i in rows]
+    new = [parse_action(episode["steps"][i]["action"]) for i in columns]
+    labels = [source["steps"][i]["subgoal"] for i in rows]
     verbs = {(label, verb) for label, (verb, _) in zip(labels, old, strict=True)}
     kinds = ([(verb, len(objects)) for verb, objects in parsed] for parsed in (old, new))
     fitted, pairs = {}, []

@@ -48,8 +48,8 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that are left out, as in the paper
-# T5s built from scratch, by name. A Llama of tiny's size, trained for as long on the demo, has exact match 78% on dev
-# (tiny: 89%), and 0% where no training example has that answer (41%).
+# T5s built from scratch, by name. A Llama of the size of tiny, trained as long on the demo, has exact match 78% on dev
+# (tiny: 89%), and 0% where no training example has that answer (tiny: 41%).
 SIZES = {
     "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
@@ -565,7 +565,7 @@ def make_trainer(
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
     order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
-    # Multiples of 8 are what a GPU's kernels like; and a CPU's keep some memory for every length that they meet.
+    # Multiples of 8: GPUs compute with them faster, and on a CPU each new length keeps memory for good.
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8)
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
     chooses = not bare.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(bare.forward).parameters

@@ -100,21 +100,33 @@ def test_the_loss_is_of_the_answer_and_its_end_mark_alone(folders, texts, name):
             assert written == learned[:-1]
 
 
+def trainer_on(folder, texts: list[tuple], output) -> tuple:
+    """The trainer of a model folder on some texts, eight in a batch; and the model."""
+    model, tokenizer, about = loaded(folder)
+    tokenise = partial(examples_of, tokenizer, about=about, decoder=not model.config.is_encoder_decoder)
+    training = TrainingArguments(str(output), per_device_train_batch_size=8, max_steps=1, logging_steps=1,
+                                 dataloader_pin_memory=False, report_to="none", eval_strategy="no", use_cpu=True)
+    examples = Examples([(*text, {}, "") for text in texts], tokenise, [], 0, 0)
+    return make_trainer(model, tokenizer, training, examples, None, None), model
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_computed_of_answers_alone_and_the_trainers_loss_is_that_of_all(tmp_path, folders, texts, name):
-    model, tokenizer, about = loaded(folders[name])
-    tokenise = partial(examples_of, tokenizer, about=about, decoder=True)
-    everywhere = DataCollatorForSeq2Seq(tokenizer, model)(tokenise(texts[:8]))
+    trainer, model = trainer_on(folders[name], texts[:8], tmp_path)
+    examples = [trainer.train_dataset[0, i] for i in range(8)]
+    everywhere = DataCollatorForSeq2Seq(trainer.processing_class, model)(examples)
     labels = everywhere.pop("labels")
     expected = token_loss(model(**everywhere), labels).item()
-    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, max_steps=1, logging_steps=1,
-                                 dataloader_pin_memory=False, report_to="none", eval_strategy="no", use_cpu=True)
-    examples = Examples([(*text, {}, "") for text in texts[:8]], tokenise, [], 0, 0)
-    trainer = make_trainer(model, tokenizer, training, examples, None, None)
     computed = trainer.model(**next(iter(trainer.get_train_dataloader()))).logits.shape[1]
     assert computed < everywhere["input_ids"].shape[1] / 2
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_batches_have_few_lengths_as_each_new_one_keeps_a_cpus_memory(tmp_path, folders, texts, name):
+    trainer, _ = trainer_on(folders[name], texts[:60], tmp_path)
+    assert {batch["input_ids"].shape[1] % 8 for batch in trainer.get_train_dataloader()} == {0}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
