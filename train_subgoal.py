@@ -51,7 +51,7 @@ UNTRAINED = re.compile(r"look around|close door .*")  # the expert's steps that 
 # T5s built from scratch, by name. A Llama of the size of tiny, trained as long on the demo, has exact match 78% on dev
 # (tiny: 89%), and 0% where no training example has that answer (tiny: 41%).
 SIZES = {
-    "nano": dict(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=2),
+    "nano": dict(d_model=64, d_kv=32, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
     "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
@@ -262,7 +262,8 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     cross-attention are each other's transpose, so that what is attended to in the encoder reaches the output as it is.
     Of a name of several words, an induction head (Olsson et al. 2022, arXiv 2209.11895): a head of the encoder notes
     beside each token the one before it, and half of the decoder's heads attend to the place whose token before is the
-    one just written.
+    one just written. Two more heads note what stands around each token, from which it is learnt sooner which of two
+    boxes a condition means: the one that stands beside the words of what was measured.
     """
     import torch
     from torch.nn.init import orthogonal_
@@ -272,11 +273,16 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     model.set_attn_implementation("eager")  # for so small a model faster than PyTorch's fused attention
     width = model.config.d_kv  # of a head
     first = model.encoder.block[0].layer[0].SelfAttention
-    first.relative_attention_bias.weight.data[1, 0] = 10  # at distance -1, for the first head
-    first.q.weight.data[:width] *= 0.1  # so that it looks there whatever the tokens
+    bias = first.relative_attention_bias.weight.data  # (distance, head)
+    bias[1, 0] = 10  # the token before
+    bias[17:22, 1] = 5  # the next five
+    bias[2:10, 2] = 5  # those from the second to the fifteenth before
     read = orthogonal_(torch.empty(width, model.config.d_model))
     note = orthogonal_(torch.empty(model.config.d_model, width))
-    first.v.weight.data[:width], first.o.weight.data[:, :width] = read, note
+    for head in range(3):
+        rows = slice(head * width, (head + 1) * width)
+        first.q.weight.data[rows] *= 0.1  # so that it looks there whatever the tokens
+        first.v.weight.data[rows], first.o.weight.data[:, rows] = read, note
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
         orthogonal_(attention.v.weight)

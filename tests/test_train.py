@@ -177,6 +177,13 @@ def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_w
     assert losses[0] < losses[1] - 0.5, losses
 
 
+def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each_word():
+    torch.manual_seed(0)
+    seen = new_model("tiny", 1000).encoder(torch.randint(1000, (1, 60)), output_attentions=True).attentions[0][0]
+    for head, places in enumerate((slice(29, 30), slice(31, 36), slice(15, 29))):
+        assert seen[head, 30, places].sum() > 0.9, "before, the next five, from the second to the fifteenth before"
+
+
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
