@@ -208,13 +208,13 @@ def renamed(
     name is what is to be said. One word of a name may be another thing's in the text, as an electric buzzer stands
     beside an electric motor: what is copied must be all of the name.
     """
-    text_words = set(text.lower().split())
-    new, beside = {}, [word for word in words if word in text_words]
+    shown = set(text.lower().split())
+    new, shared = {}, [word for word in words if word in shown]
     for name, least in named.items():
         if chance.random() < share and len(whole(name).findall(text)) >= least:
             made = chance.choices(words, k=chance.randint(1, 3))
-            if len(made) > 1 and beside and chance.random() < 0.5:
-                made[chance.randrange(len(made))] = chance.choice(beside)
+            if len(made) > 1 and shared and chance.random() < 0.5:
+                made[chance.randrange(len(made))] = chance.choice(shared)
             if chance.random() < 0.2:
                 made.append(chance.choice(string.ascii_lowercase + string.digits))
             new[name] = " ".join(made)
