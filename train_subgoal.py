@@ -205,16 +205,12 @@ def renamed(
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
-    name is what is to be said. One word of a name may be another thing's in the text, as an electric buzzer stands
-    beside an electric motor: what is copied must be all of the name.
+    name is what is to be said.
     """
-    shown = set(text.lower().split())
-    new, shared = {}, [word for word in words if word in shown]
+    new = {}
     for name, least in named.items():
         if chance.random() < share and len(whole(name).findall(text)) >= least:
             made = chance.choices(words, k=chance.randint(1, 3))
-            if len(made) > 1 and shared and chance.random() < 0.5:
-                made[chance.randrange(len(made))] = chance.choice(shared)
             if chance.random() < 0.2:
                 made.append(chance.choice(string.ascii_lowercase + string.digits))
             new[name] = " ".join(made)

@@ -221,15 +221,6 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
         assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
 
 
-def test_a_new_name_often_has_a_word_of_another_thing_in_the_text_and_one_of_its_own():
-    words = ["buzzer", *(f"w{n}" for n in range(100))]
-    names = [renamed("do: egg | sees: egg , buzzer", "egg", {"egg": 2}, words, random.Random(seed), 1)[1].split()
-             for seed in range(300)]
-    longer = [name for name in names if len([word for word in name if len(word) > 1]) > 1]
-    assert np.mean(["buzzer" in name for name in longer]) > 0.3
-    assert all(set(name) > {"buzzer"} for name in longer if "buzzer" in name)
-
-
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
     texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
