@@ -264,7 +264,9 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     Of a name of several words, an induction head (Olsson et al. 2022, arXiv 2209.11895): a head of the encoder notes
     beside each token the one before it, and half of the decoder's heads attend to the place whose token before is the
     one just written. Two more heads note what stands around each token, from which it is learnt sooner which of two
-    boxes a condition means: the one that stands beside the words of what was measured.
+    boxes a condition means: the one that stands beside the words of what was measured. In the second layer, a head
+    looks at the same token elsewhere in the text, and notes what stands before it there: of the inclined planes that
+    the task names, which has been measured.
     """
     import torch
     from torch.nn.init import orthogonal_
@@ -279,11 +281,15 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     bias[17:22, 1] = 5  # the next five
     bias[2:10, 2] = 5  # those from the second to the fifteenth before
     read = orthogonal_(torch.empty(width, model.config.d_model))
-    notes = orthogonal_(torch.empty(model.config.d_model, 3 * width)).chunk(3, dim=1)  # apart from each other
+    bias[0, 3] = -3  # rather elsewhere than here
+    *notes, rest = orthogonal_(torch.empty(model.config.d_model, 4 * width)).chunk(4, dim=1)  # apart from each other
     for head, note in enumerate(notes):
         rows = slice(head * width, (head + 1) * width)
         first.q.weight.data[rows] *= 0.1  # so that it looks there whatever the tokens
         first.v.weight.data[rows], first.o.weight.data[:, rows] = read, note
+    second, rows = model.encoder.block[1].layer[0].SelfAttention, slice(3 * width, 4 * width)
+    second.q.weight.data[rows] = second.k.weight.data[rows] = 1.2 * rest.T  # where no note is, a token is the same
+    second.v.weight.data[rows], second.o.weight.data[:, rows] = notes[2].T, rest
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
         orthogonal_(attention.v.weight)
@@ -456,15 +462,20 @@ def with_adapters(model, rank: int):
 
 
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
-    """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, task)]})."""
+    """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, kind)]}).
+
+    A kind is (task, whether one of the two steps before has the same answer).
+    """
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
     episodes = read_data(options.data)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
-        named = named_in(episode["description"], (answer for _, answer in pairs))
-        texts[episode["split"]] += [(*pair, named, episode["task"]) for pair in pairs]
+        said = [answer for _, answer in pairs]
+        named = named_in(episode["description"], said)
+        kinds = [(episode["task"], answer in said[max(0, i - 2) : i]) for i, answer in enumerate(said)]
+        texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
@@ -521,17 +532,24 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. The order follows from seed and epoch alone.
+    those of a short one up to REPEATED times, each time with other names. Half of them are such whose answer is not
+    that of a step just before: the experts measure for 25 steps, and what comes then is seen once. The order follows
+    from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
-    def __init__(self, lengths: list[int], update: int, seed: int, tasks: list[str] = (), per_task: int | None = None):
+    def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, bool]] = (),
+                 per_task: int | None = None):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
         self.update, self.seed = update, seed
-        tasks = np.asarray(tasks or [""] * len(lengths))
-        self.shares = []  # of each task: the places of its examples, and how many are shown in an epoch
+        tasks, again = (np.asarray(column) for column in zip(*(kinds or [("", False)] * len(lengths)), strict=True))
+        self.shares = []  # places of examples, and how many of them are shown in an epoch
         for task in sorted(set(tasks)):
-            places = np.flatnonzero(tasks == task)
-            self.shares.append((places, min(per_task, REPEATED * len(places)) if per_task else len(places)))
+            news, olds = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
+            fresh, rest = len(news), len(olds)
+            if per_task:
+                fresh = min(REPEATED * len(news), max(per_task // 2, per_task - REPEATED * len(olds)))
+                rest = min(REPEATED * len(olds), per_task - fresh)
+            self.shares += [(places, share) for places, share in ((news, fresh), (olds, rest)) if share]
         self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
@@ -571,7 +589,7 @@ def make_trainer(
     from torch.utils.data import DataLoader
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    order = Order(train.lengths, update, training.seed, [task for *_, task in train.texts], per_task)
+    order = Order(train.lengths, update, training.seed, [kind for *_, kind in train.texts], per_task)
     # Multiples of 8: GPUs compute with them faster, and on a CPU each new length keeps memory for good.
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8)
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters

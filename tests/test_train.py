@@ -257,10 +257,10 @@ def test_fewer_examples_than_an_update_has_fill_one(examples):
 
 
 def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and_again():
-    tasks = ["long"] * 900 + ["short"] * 60 + ["one"]
+    kinds = [("long", False)] * 900 + [("short", False)] * 60 + [("one", False)]
 
     def epoch(number: int) -> list[tuple[int, int]]:
-        order = Order(np.full(961, 9), 8, 0, tasks, per_task=100)
+        order = Order(np.full(961, 9), 8, 0, kinds, per_task=100)
         order.epoch = number
         assert len(order) == 208, "100 of each, but of the last REPEATED, and whole updates"
         return list(order)
@@ -272,6 +272,14 @@ def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and
     long = [{example for _, example in some if example < 900} for some in (first, second)]
     assert len(long[0]) == 100 and len(long[0] & long[1]) < 50, "each epoch takes other ones of the long task"
     assert not set(first) & set(second)
+
+
+@pytest.mark.parametrize("changes, shown", [(400, 50), (5, 40), (995, 60)])
+def test_half_of_a_tasks_share_are_examples_with_another_answer_than_just_before(changes, shown):
+    """As far as there are as many: REPEATED times those that there are, and where the others are few, more."""
+    order = Order(np.full(1000, 9), 4, 0, [("measure", i >= changes) for i in range(1000)], per_task=100)
+    numbers = [example for _, example in order]
+    assert len(numbers) == 100 and sum(number < changes for number in numbers) == shown
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
