@@ -184,6 +184,14 @@ def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each
         assert seen[head, 30, places].sum() > 0.9, "before, the next five, from the second to the fifteenth before"
 
 
+def test_a_model_from_scratch_starts_with_a_head_that_finds_a_words_other_mentions():
+    torch.manual_seed(0)
+    text = torch.randperm(900)[None, :120] + 10
+    text[0, 20] = text[0, 100] = text[0, 60].item()
+    seen = new_model("tiny", 1000).encoder(text, output_attentions=True).attentions[1][0, 3]
+    assert seen[60, [20, 100]].sum() > 0.5 and seen[30, 30] > 0.5, "a word that stands alone looks at itself"
+
+
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
