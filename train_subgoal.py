@@ -280,15 +280,15 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     bias[1, 0] = 10  # the token before
     bias[17:22, 1] = 5  # the next five
     bias[2:10, 2] = 5  # those from the second to the fifteenth before
+    bias[0, 3] = -3  # rather any other place than its own
     read = orthogonal_(torch.empty(width, model.config.d_model))
-    bias[0, 3] = -3  # rather elsewhere than here
     *notes, rest = orthogonal_(torch.empty(model.config.d_model, 4 * width)).chunk(4, dim=1)  # apart from each other
     for head, note in enumerate(notes):
         rows = slice(head * width, (head + 1) * width)
         first.q.weight.data[rows] *= 0.1  # so that it looks there whatever the tokens
         first.v.weight.data[rows], first.o.weight.data[:, rows] = read, note
     second, rows = model.encoder.block[1].layer[0].SelfAttention, slice(3 * width, 4 * width)
-    second.q.weight.data[rows] = second.k.weight.data[rows] = 1.2 * rest.T  # where no note is, a token is the same
+    second.q.weight.data[rows] = second.k.weight.data[rows] = 1.2 * rest.T  # a token apart from its notes
     second.v.weight.data[rows], second.o.weight.data[:, rows] = notes[2].T, rest
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
@@ -544,12 +544,12 @@ class Order:
         tasks, again = (np.asarray(column) for column in zip(*(kinds or [("", False)] * len(lengths)), strict=True))
         self.shares = []  # places of examples, and how many of them are shown in an epoch
         for task in sorted(set(tasks)):
-            news, olds = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
-            fresh, rest = len(news), len(olds)
+            changes, others = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
+            shares = len(changes), len(others)
             if per_task:
-                fresh = min(REPEATED * len(news), max(per_task // 2, per_task - REPEATED * len(olds)))
-                rest = min(REPEATED * len(olds), per_task - fresh)
-            self.shares += [(places, share) for places, share in ((news, fresh), (olds, rest)) if share]
+                first = min(REPEATED * len(changes), max(per_task // 2, per_task - REPEATED * len(others)))
+                shares = first, min(REPEATED * len(others), per_task - first)
+            self.shares += [pair for pair in zip((changes, others), shares, strict=True) if pair[1]]
         self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
@@ -698,7 +698,8 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch: a long one gives no more, short ones come again (default: all)"})
+        "help": "examples of each task in an epoch, half of them where the answer changes: a long task gives no more, "
+        "those of a short one come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={
