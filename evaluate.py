@@ -48,12 +48,13 @@ from tqdm import tqdm
 
 from annotate import (
     ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
-    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, split_variations,
-    stop
+    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, room_of,
+    split_variations, stop
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states, whole
+    ABOUT, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of, trained_states,
+    whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,6 +81,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 # How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
 # experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
 OFTEN = {"subgoal": 5, "action": 1}
+DOOR = re.compile(r"A door to the ([\w ]+) \(")
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
@@ -118,11 +120,12 @@ class Agent:
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
         situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
-        planned = [[None]] * len(episodes)
+        planned = [None] * len(episodes)
         if self.planner:
             beams = self.ask(self.planner, episodes, situations)
-            planned = [episode.fresh_first(best, "subgoal") for episode, best in zip(episodes, beams, strict=True)]
-        subgoals = [self.subgoal(episode, best[0]) for episode, best in zip(episodes, planned, strict=True)]
+            planned = [episode.search(best[0]) or episode.fresh_first(best, "subgoal")[0]
+                       for episode, best in zip(episodes, beams, strict=True)]
+        subgoals = [self.subgoal(*pair) for pair in zip(episodes, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
         return subgoals, self.ask(self.executor, episodes, states)
 
@@ -198,6 +201,7 @@ class Live:
         self.repaired: list[int] = []
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
+        self.sought: list[str] = []  # what it is looking for in other rooms: see `search`
 
     @property
     def score(self) -> int:
@@ -217,6 +221,21 @@ class Live:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
+
+    def search(self, planned: str) -> str | None:
+        """A sub-goal that takes the agent where it has not been, for as long as what it wants is not to be seen.
+
+        What a planned sub-goal is about, if it has been of no use OFTEN times, may be in another room: something that
+        the task names, and neither look nor inventory shows. No expert looks for anything: they know where it is.
+        """
+        if not self.sought and sum(step["subgoal"] == planned for step in self.here) >= OFTEN["subgoal"]:
+            self.sought = [name for name in objects_of(planned) if whole(name).search(self.description)]
+        shown = "\n".join(self.state.values())
+        self.sought = [name for name in self.sought if not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]
+        looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
+        been = {room_of(look) for look in looks}
+        unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
+        return f"navigate_to({unknown[0]})" if self.sought and unknown else None
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
@@ -749,7 +768,8 @@ def load_translator(folder: str | Path):
 def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: int, about: dict) -> list:
     """The token ids (inputs, best, any length) of CTranslate2's `best` likeliest answers to every input."""
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in inputs]
-    shared = dict(beam_size=beams, num_hypotheses=best, max_batch_size=32, end_token=about["frame"][2])
+    shared = dict(
+        beam_size=beams, num_hypotheses=best, length_penalty=0, max_batch_size=32, end_token=about["frame"][2])
     most = about["max_target_length"]
     if hasattr(translator, "generate_batch"):
         results = translator.generate_batch(tokens, max_length=most, include_prompt_in_result=False, **shared)

@@ -57,6 +57,7 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
+FILLERS = {"the", "with"}  # words in the names of objects that name nothing
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -191,12 +192,20 @@ def objects_of(answer: str) -> list[str]:
 
 
 def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
-    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
+    """What `renamed` may give other names in an episode, and how often a text must have it for that.
 
-    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
+    An object that the episode's answers name: twice, since what a text names but once stands among others, and was
+    chosen for what it is; once, if the task itself names it. Of an object that shares words with the task those words,
+    so that egg turtle and juvenile turtle remain of the kind that the task asks for.
     """
-    return {name: 1 if whole(name).search(description) else 2
-            for name in sorted({name for answer in answers for name in objects_of(answer)})}
+    named = {}
+    for name in sorted({name for answer in answers for name in objects_of(answer)}):
+        shared = [word for word in name.split() if word not in FILLERS and whole(word).search(description)]
+        if whole(name).search(description):
+            named[name] = 1
+        else:
+            named |= dict.fromkeys(shared, 1) or {name: 2}
+    return named
 
 
 def renamed(
@@ -382,7 +391,8 @@ def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: i
         with torch.inference_mode():
             output = model.generate(
                 **padded.to(model.device), num_beams=beams, num_return_sequences=best, do_sample=False,
-                early_stopping=beams > 1, max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
+                early_stopping=beams > 1, length_penalty=float(beams == 1),  # 0: no bonus for length
+                max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
                 pad_token_id=tokenizer.pad_token_id)
         if not model.config.is_encoder_decoder:
             output = output[:, padded["input_ids"].shape[1] :]
@@ -532,9 +542,9 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. Half of them are such whose answer is not
-    that of a step just before: the experts measure for 25 steps, and what comes then is seen once. The order follows
-    from seed and epoch alone. `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. At least half of them are such whose answer
+    is not that of a step just before: the experts measure for 25 steps, and what comes then is seen once. The order
+    follows from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, bool]] = (),
@@ -547,7 +557,8 @@ class Order:
             changes, others = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
             shares = len(changes), len(others)
             if per_task:
-                first = min(REPEATED * len(changes), max(per_task // 2, per_task - REPEATED * len(others)))
+                most = max(per_task // 2, round(per_task * len(changes) / sum(shares)))
+                first = min(REPEATED * len(changes), most)
                 shares = first, min(REPEATED * len(others), per_task - first)
             self.shares += [pair for pair in zip((changes, others), shares, strict=True) if pair[1]]
         self.size = sum(share for _, share in self.shares)

@@ -128,6 +128,18 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
         assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
 
 
+def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_rooms(simulator):
+    episode = begun(simulator, "boil", 4)  # ice, which is in the kitchen's freezer
+    for _ in range(5):
+        assert episode.search("find(ice)") is None
+        move(episode, "find(ice)", ["look around"])
+    while subgoal := episode.search("find(ice)"):
+        assert len(episode.steps) < 30
+        room = subgoal.removeprefix("navigate_to(").removesuffix(")")
+        move(episode, subgoal, ["open freezer", f"go to {room}", "go to hallway", "go to outside"])
+    assert taken(episode)[-2:] == ["go to kitchen", "open freezer"] and "go to art studio" in taken(episode)
+
+
 def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
     class Student:
         asked = []

@@ -229,6 +229,14 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
         assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
 
 
+def test_the_words_that_an_object_shares_with_the_task_change_in_both():
+    text, answers = "task: life stages of the {0} | sees: juvenile {0} , wolf", ["egg turtle", "juvenile turtle"]
+    named = named_in("life stages of the turtle", [f"focus_on({name})" for name in answers])
+    changed, answer = renamed(text.format("turtle"), answers[1], named, ["wire", "wood"], random.Random(0), 1)
+    name = answer.removeprefix("juvenile ")
+    assert "turtle" not in name and changed == text.format(name)
+
+
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
     texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
@@ -282,9 +290,9 @@ def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and
     assert not set(first) & set(second)
 
 
-@pytest.mark.parametrize("changes, shown", [(400, 50), (5, 40), (995, 60)])
-def test_half_of_a_tasks_share_are_examples_with_another_answer_than_just_before(changes, shown):
-    """As far as there are as many: REPEATED times those that there are, and where the others are few, more."""
+@pytest.mark.parametrize("changes, shown", [(400, 50), (5, 40), (980, 98)])
+def test_half_of_a_tasks_share_at_least_are_examples_with_another_answer_than_just_before(changes, shown):
+    """As far as there are as many, REPEATED times those that there are; where most are such, as many as there are."""
     order = Order(np.full(1000, 9), 4, 0, [("measure", i >= changes) for i in range(1000)], per_task=100)
     numbers = [example for _, example in order]
     assert len(numbers) == 100 and sum(number < changes for number in numbers) == shown
