@@ -25,6 +25,7 @@ import re
 import shutil
 import string
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
@@ -213,8 +214,8 @@ def renamed(
 ) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
-    name is what is to be said.
+    `named` is of the episode's answers, and of what its task's other variations ask for: were only the objects of this
+    answer renamed, a student would learn that a strange name is what is to be said.
     """
     new = {}
     for name, least in named.items():
@@ -479,13 +480,18 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
-    episodes = read_data(options.data)
+    episodes, named_of = read_data(options.data), defaultdict(list)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
+        named_of[episode["task"], episode["split"]].append(named)
         kinds = [(episode["task"], answer in said[max(0, i - 2) : i]) for i, answer in enumerate(said)]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
+    for task in named_of.values():
+        asked = sorted({name for named in task for name, least in named.items() if least == 1})
+        for named in task:  # other variations' things, too: were the wanted one alone strange, that would tell it
+            named |= {name: 1 for name in asked if name not in named}
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, render, renamed, simulator_words, state_of,
-    subgoal_examples, trained_states
+    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, prepare, render, renamed, simulator_words,
+    state_of, subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -235,6 +236,15 @@ def test_the_words_that_an_object_shares_with_the_task_change_in_both():
     changed, answer = renamed(text.format("turtle"), answers[1], named, ["wire", "wood"], random.Random(0), 1)
     name = answer.removeprefix("juvenile ")
     assert "turtle" not in name and changed == text.format(name)
+
+
+def test_what_other_variations_of_a_task_ask_for_may_get_other_names_as_well(data):
+    options = SimpleNamespace(template=ROOT / "prompts" / "subgoal_compact.jinja", data=[data], model="tiny",
+                              max_source_length=320, max_target_length=64)
+    texts = prepare("subgoal", options, subgoal_examples)[1]["train"]
+    named = [names for *_, names, (task, _) in texts if task == "find-non-living-thing"]
+    boxes = {name for names in named for name in names if name.endswith(" box")}
+    assert len(boxes) > 1 and all(boxes <= names.keys() for names in named) and len(named) < len(texts)
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
