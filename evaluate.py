@@ -201,7 +201,8 @@ class Live:
         self.repaired: list[int] = []
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
-        self.sought: list[str] = []  # what it is looking for in other rooms: see `search`
+        self.sought: list[str] = []  # what it is looking for in other rooms, …
+        self.purpose = ""  # … and the sub-goal that it is for: see `search`
 
     @property
     def score(self) -> int:
@@ -226,16 +227,21 @@ class Live:
         """A sub-goal that takes the agent where it has not been, for as long as what it wants is not to be seen.
 
         What a planned sub-goal is about, if it has been of no use OFTEN times, may be in another room: something that
-        the task names, and neither look nor inventory shows. No expert looks for anything: they know where it is.
+        the task names, and neither look nor inventory shows. Once it is seen, the sub-goal is taken up again. No expert
+        looks for anything: they know where it is.
         """
-        if not self.sought and sum(step["subgoal"] == planned for step in self.here) >= OFTEN["subgoal"]:
+        searching, tried = bool(self.sought), sum(step["subgoal"] == planned for step in self.here)
+        if not searching and tried >= OFTEN["subgoal"] and not PATIENT.match(planned):
+            self.purpose = planned
             self.sought = [name for name in objects_of(planned) if whole(name).search(self.description)]
         shown = "\n".join(self.state.values())
         self.sought = [name for name in self.sought if not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]
         looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
         been = {room_of(look) for look in looks}
         unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
-        return f"navigate_to({unknown[0]})" if self.sought and unknown else None
+        if self.sought and unknown:
+            return f"navigate_to({unknown[0]})"
+        return self.purpose if searching and not self.sought else None
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
