@@ -201,8 +201,8 @@ class Live:
         self.repaired: list[int] = []
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
-        self.sought: list[str] = []  # what it is looking for in other rooms, …
-        self.purpose = ""  # … and the sub-goal that it is for: see `search`
+        self.sought: list[str] = []  # of `search`: what it looks for, …
+        self.purpose, self.found = "", -1  # … the sub-goal that it is for, and the step at which it was seen
 
     @property
     def score(self) -> int:
@@ -241,7 +241,9 @@ class Live:
         unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
         if self.sought and unknown:
             return f"navigate_to({unknown[0]})"
-        return self.purpose if searching and not self.sought else None
+        if searching and not self.sought:
+            self.found = len(self.steps)
+        return self.purpose if self.found == len(self.steps) else None  # the same, however often it is asked
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)

@@ -140,7 +140,9 @@ def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_ro
         move(episode, subgoal, ["open freezer", f"go to {room}", "go to hallway", "go to outside"])
         subgoal = episode.search("wait()")
     assert taken(episode)[-2:] == ["go to kitchen", "open freezer"] and "go to art studio" in taken(episode)
-    assert episode.search("find(ice)") is None
+    assert episode.search("wait()") == "find(ice)", "where the executor's first answer is refused, it is asked again"
+    move(episode, "find(ice)", ["focus on ice"])
+    assert episode.search("wait()") is None
 
 
 def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
