@@ -81,8 +81,8 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 # How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
 # experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
 OFTEN = {"subgoal": 5, "action": 1}
-DOOR = re.compile(r"A door to the ([\w ]+) \(")
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
+DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
@@ -201,8 +201,7 @@ class Live:
         self.repaired: list[int] = []
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
-        self.sought: list[str] = []  # of `search`: what it looks for, …
-        self.purpose, self.found = "", -1  # … the sub-goal that it is for, and the step at which it was seen
+        self.purpose = ""  # the sub-goal for which something is looked for: see `search`
 
     @property
     def score(self) -> int:
@@ -223,33 +222,35 @@ class Live:
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
+    def missing(self, subgoal: str) -> list[str]:
+        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
+        shown = "\n".join(self.state.values())
+        return [name for name in objects_of(subgoal) if whole(name).search(self.description)
+                and not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]  # tin is no tin cup
+
     def search(self, planned: str) -> str | None:
         """A sub-goal that takes the agent where it has not been, for as long as what it wants is not to be seen.
 
-        What a planned sub-goal is about, if it has been of no use OFTEN times, may be in another room: something that
-        the task names, and neither look nor inventory shows. Once it is seen, the sub-goal is taken up again. No expert
-        looks for anything: they know where it is.
+        It begins where the planned sub-goal has been of no use OFTEN times and something is missing for it; once all is
+        seen, that sub-goal is taken up again. No expert looks for anything: they know where it is.
         """
-        searching, tried = bool(self.sought), sum(step["subgoal"] == planned for step in self.here)
-        if not searching and tried >= OFTEN["subgoal"] and not PATIENT.match(planned):
+        tried = sum(step["subgoal"] == planned for step in self.here)
+        if not self.purpose and tried >= OFTEN["subgoal"] and not PATIENT.match(planned) and self.missing(planned):
             self.purpose = planned
-            self.sought = [name for name in objects_of(planned) if whole(name).search(self.description)]
-        shown = "\n".join(self.state.values())
-        self.sought = [name for name in self.sought if not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]
+        if not self.missing(self.purpose):
+            return self.purpose or None
         looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
         been = {room_of(look) for look in looks}
         unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
-        if self.sought and unknown:
-            return f"navigate_to({unknown[0]})"
-        if searching and not self.sought:
-            self.found = len(self.steps)
-        return self.purpose if self.found == len(self.steps) else None  # the same, however often it is asked
+        return f"navigate_to({unknown[0]})" if unknown else None
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
         self.state = game.state()
 
     def note(self, subgoal: str | None, action: str, observation: str, score: int):
+        if not self.missing(self.purpose):
+            self.purpose = ""  # it has been found, and this step was taken there
         self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
 
     def die(self, death: SimulatorDied):

@@ -201,10 +201,10 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
     """
     named = {}
     for name in sorted({name for answer in answers for name in objects_of(answer)}):
-        shared = [word for word in name.split() if word not in FILLERS and whole(word).search(description)]
         if whole(name).search(description):
             named[name] = 1
         else:
+            shared = [word for word in name.split() if word not in FILLERS and whole(word).search(description)]
             named |= dict.fromkeys(shared, 1) or {name: 2}
     return named
 
@@ -488,9 +488,9 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         named_of[episode["task"], episode["split"]].append(named)
         kinds = [(episode["task"], answer in said[max(0, i - 2) : i]) for i, answer in enumerate(said)]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
-    for task in named_of.values():
-        asked = sorted({name for named in task for name, least in named.items() if least == 1})
-        for named in task:  # other variations' things, too: were the wanted one alone strange, that would tell it
+    for variations in named_of.values():
+        asked = sorted({name for named in variations for name, least in named.items() if least == 1})
+        for named in variations:  # were the wanted thing alone strange, that would tell it
             named |= {name: 1 for name in asked if name not in named}
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
@@ -563,8 +563,8 @@ class Order:
             changes, others = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
             shares = len(changes), len(others)
             if per_task:
-                most = max(per_task // 2, round(per_task * len(changes) / sum(shares)))
-                first = min(REPEATED * len(changes), most)
+                wanted = max(per_task // 2, round(per_task * len(changes) / sum(shares)))
+                first = min(REPEATED * len(changes), wanted)
                 shares = first, min(REPEATED * len(others), per_task - first)
             self.shares += [pair for pair in zip((changes, others), shares, strict=True) if pair[1]]
         self.size = sum(share for _, share in self.shares)
