@@ -11,13 +11,15 @@ from types import SimpleNamespace
 
 import ctranslate2
 import pytest
+import torch
 from conftest import alive, command, descendants, kill_when, run, wait_until
+from transformers import T5ForConditionalGeneration
 
 import evaluate
 from annotate import Game, Simulator, in_threads, read_episodes
 from evaluate import LOOP, TRIES, Agent, Live, Student, ending, move, play
 from train_action import action_examples
-from train_subgoal import subgoal_examples, trained_states
+from train_subgoal import render, subgoal_examples, trained_states
 
 FIND_PLANT, WARMER = ("find-plant", 0), ("use-thermometer", 0)
 TO_THE_BOXES = [  # the expert's path through WARMER, up to the choice of the box: green is right, red is final
@@ -112,7 +114,12 @@ def test_what_was_done_in_the_very_same_state_goes_behind_the_other_beams_but_no
     assert taken(episode)[2:] == ["wait"] * 3 and episode.invalid == []
 
 
-def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
+@pytest.mark.parametrize("beams, often, then", [
+    (["find(orange)", "navigate_to(kitchen)"], 5, "navigate_to(kitchen)"),
+    (["find(red box)", "navigate_to(kitchen)"], 5, "navigate_to(art studio)"),  # the task names it: it is looked for
+    (["wait()", "navigate_to(kitchen)"], 9, None),
+])
+def test_a_subgoal_that_leads_nowhere_gives_way_to_a_search_or_the_planners_next(simulator, beams, often, then):
     class Beams:
         def __init__(self, *answers):
             self.best = list(answers)
@@ -120,12 +127,11 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator):
         def answers(self, states, beams, best=1):
             return [self.best[:best]] * len(states)
 
-    for beams, often in ((["find(orange)", "navigate_to(kitchen)"], 5), (["wait()", "navigate_to(kitchen)"], 9)):
-        agent, episode = Agent(Beams("look around"), Beams(*beams), "model", [], beams=2), begun(simulator, *FIND_PLANT)
-        for _ in range(9):
-            (subgoal,), (candidates,) = agent.choose([episode])
-            move(episode, subgoal, candidates)
-        assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
+    agent, episode = Agent(Beams("look around"), Beams(*beams), "model", [], beams=2), begun(simulator, *FIND_PLANT)
+    for _ in range(9):
+        (subgoal,), (candidates,) = agent.choose([episode])
+        move(episode, subgoal, candidates)
+    assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [then] * (9 - often)
 
 
 def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_rooms(simulator):
@@ -335,6 +341,20 @@ def test_a_student_answers_the_same_alone_and_in_a_batch_by_either_engine(studen
         monkeypatch.setattr(student, "generate", None)  # it has answered all of these, and remembers
         assert student.answers(states, beams=5, best=3) == together
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
+def test_beams_are_in_the_order_of_the_whole_answers_likelihood(students, data, engine):
+    student = Student(students["subgoal"], "subgoal", engine)
+    model = T5ForConditionalGeneration.from_pretrained(students["subgoal"]).eval()
+    states = [state for episode in read_episodes(data)[:3] for state, _ in subgoal_examples(episode)]
+    for state, best in zip(states, student.answers(states, beams=5, best=5), strict=True):
+        question = student.tokenizer(render(student.about["template"], state), return_tensors="pt")
+        plain = [answer for answer in best if " (" not in answer]  # others were not made of the tokens of their text
+        answers = [student.tokenizer(answer, return_tensors="pt").input_ids for answer in plain]
+        with torch.inference_mode():
+            likelihoods = [-model(**question, labels=answer).loss.item() * answer.numel() for answer in answers]
+        assert likelihoods == pytest.approx(sorted(likelihoods, reverse=True), abs=0.01)
 
 
 def test_an_engine_that_answers_differently_gives_way_to_transformers(students, data, tmp_path, monkeypatch, capsys):
