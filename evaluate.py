@@ -48,13 +48,12 @@ from tqdm import tqdm
 
 from annotate import (
     ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
-    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, room_of,
-    split_variations, stop
+    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, split_variations,
+    stop
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of, trained_states,
-    whole
+    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +81,6 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 # experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
-DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
@@ -120,12 +118,11 @@ class Agent:
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
         situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
-        planned = [None] * len(episodes)
+        planned = [[None]] * len(episodes)
         if self.planner:
             beams = self.ask(self.planner, episodes, situations)
-            planned = [episode.search(best[0]) or episode.fresh_first(best, "subgoal")[0]
-                       for episode, best in zip(episodes, beams, strict=True)]
-        subgoals = [self.subgoal(*pair) for pair in zip(episodes, planned, strict=True)]
+            planned = [episode.fresh_first(best, "subgoal") for episode, best in zip(episodes, beams, strict=True)]
+        subgoals = [self.subgoal(episode, best[0]) for episode, best in zip(episodes, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
         return subgoals, self.ask(self.executor, episodes, states)
 
@@ -201,7 +198,6 @@ class Live:
         self.repaired: list[int] = []
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
-        self.purpose = ""  # the sub-goal for which something is looked for: see `search`
 
     @property
     def score(self) -> int:
@@ -222,35 +218,11 @@ class Live:
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
-    def missing(self, subgoal: str) -> list[str]:
-        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
-        shown = "\n".join(self.state.values())
-        return [name for name in objects_of(subgoal) if whole(name).search(self.description)
-                and not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]  # tin is no tin cup
-
-    def search(self, planned: str) -> str | None:
-        """A sub-goal that takes the agent where it has not been, for as long as what it wants is not to be seen.
-
-        It begins where the planned sub-goal has been of no use OFTEN times and something is missing for it; once all is
-        seen, that sub-goal is taken up again. No expert looks for anything: they know where it is.
-        """
-        tried = sum(step["subgoal"] == planned for step in self.here)
-        if not self.purpose and tried >= OFTEN["subgoal"] and not PATIENT.match(planned) and self.missing(planned):
-            self.purpose = planned
-        if not self.missing(self.purpose):
-            return self.purpose or None
-        looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
-        been = {room_of(look) for look in looks}
-        unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
-        return f"navigate_to({unknown[0]})" if unknown else None
-
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
         self.state = game.state()
 
     def note(self, subgoal: str | None, action: str, observation: str, score: int):
-        if not self.missing(self.purpose):
-            self.purpose = ""  # it has been found, and this step was taken there
         self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
 
     def die(self, death: SimulatorDied):

@@ -114,12 +114,9 @@ def test_what_was_done_in_the_very_same_state_goes_behind_the_other_beams_but_no
     assert taken(episode)[2:] == ["wait"] * 3 and episode.invalid == []
 
 
-@pytest.mark.parametrize("beams, often, then", [
-    (["find(orange)", "navigate_to(kitchen)"], 5, "navigate_to(kitchen)"),
-    (["find(red box)", "navigate_to(kitchen)"], 5, "navigate_to(art studio)"),  # the task names it: it is looked for
-    (["wait()", "navigate_to(kitchen)"], 9, None),
-])
-def test_a_subgoal_that_leads_nowhere_gives_way_to_a_search_or_the_planners_next(simulator, beams, often, then):
+@pytest.mark.parametrize("beams, often", [(["find(orange)", "navigate_to(kitchen)"], 5),
+                                          (["wait()", "navigate_to(kitchen)"], 9)])
+def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator, beams, often):
     class Beams:
         def __init__(self, *answers):
             self.best = list(answers)
@@ -131,24 +128,7 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_a_search_or_the_planners_next
     for _ in range(9):
         (subgoal,), (candidates,) = agent.choose([episode])
         move(episode, subgoal, candidates)
-    assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [then] * (9 - often)
-
-
-def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_rooms(simulator):
-    episode = begun(simulator, "boil", 4)  # ice, which is in the kitchen's freezer
-    for _ in range(5):
-        assert episode.search("find(ice)") is None
-        move(episode, "find(ice)", ["look around"])
-    subgoal = episode.search("find(ice)")
-    while subgoal != "find(ice)":  # taken up again once there is ice to be seen
-        assert len(episode.steps) < 30
-        room = subgoal.removeprefix("navigate_to(").removesuffix(")")
-        move(episode, subgoal, ["open freezer", f"go to {room}", "go to hallway", "go to outside"])
-        subgoal = episode.search("wait()")
-    assert taken(episode)[-2:] == ["go to kitchen", "open freezer"] and "go to art studio" in taken(episode)
-    assert episode.search("wait()") == "find(ice)", "where the executor's first answer is refused, it is asked again"
-    move(episode, "find(ice)", ["focus on ice"])
-    assert episode.search("wait()") is None
+    assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
 
 
 def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
