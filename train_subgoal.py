@@ -25,7 +25,6 @@ import re
 import shutil
 import string
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
@@ -58,7 +57,6 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-FILLERS = {"the", "with"}  # words in the names of objects that name nothing
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -193,20 +191,12 @@ def objects_of(answer: str) -> list[str]:
 
 
 def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
-    """What `renamed` may give other names in an episode, and how often a text must have it for that.
+    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
 
-    An object that the episode's answers name: twice, since what a text names but once stands among others, and was
-    chosen for what it is; once, if the task itself names it. Of an object that shares words with the task those words,
-    so that egg turtle and juvenile turtle remain of the kind that the task asks for.
+    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
     """
-    named = {}
-    for name in sorted({name for answer in answers for name in objects_of(answer)}):
-        if whole(name).search(description):
-            named[name] = 1
-        else:
-            shared = [word for word in name.split() if word not in FILLERS and whole(word).search(description)]
-            named |= dict.fromkeys(shared, 1) or {name: 2}
-    return named
+    return {name: 1 if whole(name).search(description) else 2
+            for name in sorted({name for answer in answers for name in objects_of(answer)})}
 
 
 def renamed(
@@ -214,8 +204,8 @@ def renamed(
 ) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    `named` is of the episode's answers, and of what its task's other variations ask for: were only the objects of this
-    answer renamed, a student would learn that a strange name is what is to be said.
+    `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
+    name is what is to be said.
     """
     new = {}
     for name, least in named.items():
@@ -480,18 +470,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
-    episodes, named_of = read_data(options.data), defaultdict(list)
+    episodes = read_data(options.data)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        named_of[episode["task"], episode["split"]].append(named)
         kinds = [(episode["task"], answer in said[max(0, i - 2) : i]) for i, answer in enumerate(said)]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
-    for variations in named_of.values():
-        asked = sorted({name for named in variations for name, least in named.items() if least == 1})
-        for named in variations:  # were the wanted thing alone strange, that would tell it
-            named |= {name: 1 for name in asked if name not in named}
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(

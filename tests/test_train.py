@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, prepare, render, renamed, simulator_words,
-    state_of, subgoal_examples, trained_states
+    REPEATED, UNTRAINED, Examples, Order, compact, named_in, new_model, render, renamed, simulator_words, state_of,
+    subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -228,23 +227,6 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
     for task, kept in (("boil the substance", True), ("boil egg", False)):
         named = named_in(task, [answer])
         assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
-
-
-def test_the_words_that_an_object_shares_with_the_task_change_in_both():
-    text, answers = "task: life stages of the {0} | sees: juvenile {0} , wolf", ["egg turtle", "juvenile turtle"]
-    named = named_in("life stages of the turtle", [f"focus_on({name})" for name in answers])
-    changed, answer = renamed(text.format("turtle"), answers[1], named, ["wire", "wood"], random.Random(0), 1)
-    name = answer.removeprefix("juvenile ")
-    assert "turtle" not in name and changed == text.format(name)
-
-
-def test_what_other_variations_of_a_task_ask_for_may_get_other_names_as_well(data):
-    options = SimpleNamespace(template=ROOT / "prompts" / "subgoal_compact.jinja", data=[data], model="tiny",
-                              max_source_length=320, max_target_length=64)
-    texts = prepare("subgoal", options, subgoal_examples)[1]["train"]
-    named = [names for *_, names, (task, _) in texts if task == "find-non-living-thing"]
-    boxes = {name for names in named for name in names if name.endswith(" box")}
-    assert len(boxes) > 1 and all(boxes <= names.keys() for names in named) and len(named) < len(texts)
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
