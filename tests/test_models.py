@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 import train_subgoal
 from annotate import read_episodes
+from evaluate import Student
 from train_subgoal import (
     PROMPTS, Examples, answers, examples_of, frame_of, make_trainer, model_class, new_tokenizer, question_tokens,
     render, token_loss
@@ -144,6 +145,34 @@ def test_an_answer_does_not_depend_on_what_shares_its_batch(folders, texts, name
     questions = [text for text, _ in texts[:6]] + ["go"]
     together = answers(model, tokenizer, questions, about, beams=1)
     assert together == [answers(model, tokenizer, [question], about, beams=1)[0] for question in questions]
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
+def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<start>", "</s>", "a", "b", "c", "d"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<start>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(bos_token="<start>", unk_token="<start>", eos_token="</s>", pad_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    # The next word depends on the last one alone: of "b" the likelihood is 0.45, of "a c d" 0.27, but a word's more.
+    follows = {"<start>": {"a": 0.55, "b": 0.45}, "a": {"c": 0.7, "</s>": 0.3}, "c": {"d": 0.7, "c": 0.3}}
+    likelihoods = [[follows.get(last, {"</s>": 1}).get(word, 1e-9) for last in words] for word in words]
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=6, hidden_size=6, intermediate_size=6, num_hidden_layers=1,
+                                         num_attention_heads=1, head_dim=6, tie_word_embeddings=False))
+    for name, weight in model.named_parameters():
+        torch.nn.init.constant_(weight, float("norm" in name))
+    torch.nn.init.eye_(model.model.embed_tokens.weight)
+    model.lm_head.weight.data = torch.tensor(likelihoods).log() / 6**0.5  # which is the 1 of 6 when it is normalised
+    model.save_pretrained(tmp_path)
+    (tmp_path / train_subgoal.ABOUT).write_text(json.dumps(dict(
+        role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9)))
+    student = Student(tmp_path, "action", engine)
+    assert student.answers([{"text": "c"}, {"text": "a b"}], beams=2, best=2) == 2 * [["b", "a c d"]]
+    assert student.engine == engine
 
 
 def test_merged_adapters_answer_as_unmerged_ones(folders, texts):
