@@ -268,7 +268,7 @@ def collect_all(pairs: list, split: str, workers: int) -> Iterator:
 RULES = [
     ("navigate_to(R)", "(open door to _;)?go to R;"),
     # taking and filling
-    ("find(X)", "(open _;)+(pick up|focus on) X;"),
+    ("find(X)", "(open _;)+(?=(pick up|focus on) X;)(pick up X;)?"),
     ("fill(X, water)", "move X to sink;activate sink;deactivate sink;(pick up _;)?(pour _ into _;)?(examine _;)?"),
     ("harvest(seeds)", "(move [^;]*(seed|organism|living thing)[^;]* to _ cup;)+(look at seed jar;)?"),
     ("fill(C pot, X)", "(open cupboard;)?(pick up X;)?move X to C pot;(pick up C pot;)?"),
