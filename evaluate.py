@@ -48,12 +48,13 @@ from tqdm import tqdm
 
 from annotate import (
     ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
-    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, split_variations,
-    stop
+    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, room_of,
+    split_variations, stop
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, answers, be_quiet, has_bf16, model_class, question_tokens, render, state_of, trained_states, whole
+    ABOUT, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of, trained_states,
+    whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +80,10 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 ]
 # How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
 # experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
-OFTEN = {"subgoal": 5, "action": 1}
+# A find(X) that opens nothing new is sooner taken to other rooms.
+OFTEN = {"subgoal": 5, "action": 1, "find": 2}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
+DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
     "died": "The simulator died of it",
@@ -118,12 +121,14 @@ class Agent:
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
         situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
-        planned = [[None]] * len(episodes)
+        planned = [(None, None)] * len(episodes)
         if self.planner:
             beams = self.ask(self.planner, episodes, situations)
-            planned = [episode.fresh_first(best, "subgoal") for episode, best in zip(episodes, beams, strict=True)]
-        subgoals = [self.subgoal(episode, best[0]) for episode, best in zip(episodes, planned, strict=True)]
-        states = [executor_state(*pair) for pair in zip(situations, subgoals, strict=True)]
+            planned = [episode.search(best[0]) or 2 * episode.fresh_first(best, "subgoal")[:1]
+                       for episode, best in zip(episodes, beams, strict=True)]
+        subgoals = [self.subgoal(episode, name) for episode, (name, _) in zip(episodes, planned, strict=True)]
+        told = [way if subgoal == name else subgoal for subgoal, (name, way) in zip(subgoals, planned, strict=True)]
+        states = [executor_state(*pair) for pair in zip(situations, told, strict=True)]
         return subgoals, self.ask(self.executor, episodes, states)
 
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
@@ -196,6 +201,7 @@ class Live:
         self.effects: list[tuple] = []  # of each step: all that it showed, to recognise a loop
         self.invalid: list[int] = []
         self.repaired: list[int] = []
+        self.sought = ""  # the find(X) whose X is looked for in other rooms: see `search`
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
 
@@ -217,6 +223,29 @@ class Live:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
+
+    def missing(self, subgoal: str) -> list[str]:
+        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
+        shown = "\n".join(self.state.values())
+        return [name for name in objects_of(subgoal) if whole(name).search(self.description)
+                and not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]  # tin is no tin cup
+
+    def search(self, planned: str) -> tuple[str, str] | None:
+        """A find(X), and what the executor is told for it: the way to a room in which the agent has not been.
+
+        It begins where that sub-goal has been of no use OFTEN times, and ends where X is to be seen. The sub-goal of
+        its steps stays find(X), so the planner goes on from there as if X had been at hand.
+        """
+        tried = sum(step["subgoal"] == planned for step in self.here)
+        if not self.sought and planned.startswith("find(") and tried >= OFTEN["find"]:
+            self.sought = planned
+        if not self.missing(self.sought):
+            self.sought = ""
+            return None
+        looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
+        been = {room_of(look) for look in looks}
+        unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
+        return (self.sought, f"navigate_to({unknown[0]})") if unknown else None
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
@@ -749,8 +778,10 @@ def load_translator(folder: str | Path):
 def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: int, about: dict) -> list:
     """The token ids (inputs, best, any length) of CTranslate2's `best` likeliest answers to every input."""
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in inputs]
+    # All but no bonus for length: with none at all, a search ends before its longer answers do.
     shared = dict(
-        beam_size=beams, num_hypotheses=best, length_penalty=0, max_batch_size=32, end_token=about["frame"][2])
+        beam_size=beams, num_hypotheses=best, length_penalty=1e-9, patience=beams, max_batch_size=32,
+        end_token=about["frame"][2])
     most = about["max_target_length"]
     if hasattr(translator, "generate_batch"):
         results = translator.generate_batch(tokens, max_length=most, include_prompt_in_result=False, **shared)

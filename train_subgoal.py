@@ -382,7 +382,7 @@ def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: i
         with torch.inference_mode():
             output = model.generate(
                 **padded.to(model.device), num_beams=beams, num_return_sequences=best, do_sample=False,
-                early_stopping=beams > 1, length_penalty=float(beams == 1),  # 0: no bonus for length
+                early_stopping=False, length_penalty=float(beams == 1),  # 0: no bonus for length
                 max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
                 pad_token_id=tokenizer.pad_token_id)
         if not model.config.is_encoder_decoder:

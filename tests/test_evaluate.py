@@ -129,6 +129,31 @@ def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator, 
     assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
 
 
+def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_rooms(simulator):
+    class Executor:
+        told = []
+
+        def answers(self, states, beams, best):
+            self.told += [state["subgoal"] for state in states]
+            return [[f"go to {self.told[-1][12:-1]}", "go to hallway", "go to outside"] if "navigate" in self.told[-1]
+                    else ["open freezer"]] * len(states)
+
+    class Planner:
+        def answers(self, states, beams, best):
+            return [["find(ice)"]] * len(states)
+
+    agent, episode = Agent(Executor(), Planner(), "model", [], beams=5), begun(simulator, "boil", 4)
+    while not (episode.sought and not episode.missing("find(ice)")):  # ice, which is in the kitchen's freezer
+        (subgoal,), (candidates,) = agent.choose([episode])
+        move(episode, subgoal, candidates if episode.state["look"].count("kitchen. In it") == 0 else ["open freezer"])
+        assert len(episode.steps) < 30
+    assert {step["subgoal"] for step in episode.steps} == {"find(ice)"}, "so the planner goes on from there"
+    assert list(dict.fromkeys(Executor.told))[:2] == ["find(ice)", "navigate_to(art studio)"]
+    assert "go to art studio" in taken(episode) and taken(episode)[-2:] == ["go to kitchen", "open freezer"]
+    agent.choose([episode])
+    assert Executor.told[-1] == "find(ice)" and not episode.sought
+
+
 def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
     class Student:
         asked = []
