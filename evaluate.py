@@ -83,6 +83,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 # A find(X) that opens nothing new is sooner taken to other rooms.
 OFTEN = {"subgoal": 5, "action": 1, "find": 2}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
+NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
@@ -124,7 +125,7 @@ class Agent:
         planned = [(None, None)] * len(episodes)
         if self.planner:
             beams = self.ask(self.planner, episodes, situations)
-            planned = [episode.search(best[0]) or 2 * episode.fresh_first(best, "subgoal")[:1]
+            planned = [episode.search(best) or 2 * episode.fresh_first(best, "subgoal")[:1]
                        for episode, best in zip(episodes, beams, strict=True)]
         subgoals = [self.subgoal(episode, name) for episode, (name, _) in zip(episodes, planned, strict=True)]
         told = [way if subgoal == name else subgoal for subgoal, (name, way) in zip(subgoals, planned, strict=True)]
@@ -202,6 +203,7 @@ class Live:
         self.invalid: list[int] = []
         self.repaired: list[int] = []
         self.sought = ""  # the find(X) whose X is looked for in other rooms: see `search`
+        self.needs = ""  # the sub-goal that was planned when X was missing
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
         self.valid: list[str] = []  # the present state's valid actions, once they have been listed
 
@@ -216,8 +218,8 @@ class Live:
 
     @property
     def hesitates(self) -> bool:
-        """Whether one answer will not do: in its present state an action was refused, or it has been in it before."""
-        return bool(self.refused or self.here)
+        """Whether one answer will not do: something was refused in the present state, was done in it, or was sought."""
+        return bool(self.refused or self.here or self.sought)
 
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
@@ -225,33 +227,42 @@ class Live:
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
     def missing(self, subgoal: str) -> list[str]:
-        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
-        shown = "\n".join(self.state.values())
-        return [name for name in objects_of(subgoal) if whole(name).search(self.description)
-                and not re.search(rf"(?i)\b{re.escape(name)}(?= ?[(),.\n])", shown)]  # tin is no tin cup
+        """What a sub-goal is about and the task names, but neither look nor inventory shows: a tin cup is no tin."""
+        texts = self.description, "\n".join(self.state.values())
+        after = {name: [set(re.findall(rf"(?i)\b{re.escape(name)}\b ?(\w*)", text)) for text in texts]
+                 for name in objects_of(subgoal)}  # the words that follow it, "" at the end of a phrase
+        return [name for name, (said, seen) in after.items() if said and not seen & {"", "called", *said}]
 
-    def search(self, planned: str) -> tuple[str, str] | None:
-        """A find(X), and what the executor is told for it: the way to a room in which the agent has not been.
+    def search(self, planned: list[str]) -> list[str]:
+        """Where something is missing for the likeliest sub-goal: find(X), and what the executor is told for it.
 
-        It begins where that sub-goal has been of no use OFTEN times, and ends where X is to be seen. The sub-goal of
-        its steps stays find(X), so the planner goes on from there as if X had been at hand.
+        That is the same, as long as it opens something here; then the way to rooms in which the agent has not been. The
+        sub-goal of all these steps is find(X), so that the planner goes on from there as if X had been at hand: with
+        what it was needed for, or the likeliest that is about X.
         """
-        tried = sum(step["subgoal"] == planned for step in self.here)
-        if not self.sought and planned.startswith("find(") and tried >= OFTEN["find"]:
-            self.sought = planned
+        if NEEDS.match(planned[0]) and (names := self.missing(planned[0])):
+            find = f"find({names[0]})"
+            self.needs = self.needs or planned[0].removeprefix(find)
+            if not self.sought and sum(step["subgoal"] == find for step in self.here) < OFTEN["find"]:
+                return [find, find]
+            self.sought = self.sought or find
+        if not self.sought:
+            return []
         if not self.missing(self.sought):
-            self.sought = ""
-            return None
+            [name] = objects_of(self.sought)
+            return 2 * [goal for goal in (self.needs, *planned) if goal != self.sought and name in objects_of(goal)][:1]
         looks = [self.state["look"], *(step["look"] for step in reversed(self.steps))]
         been = {room_of(look) for look in looks}
         unknown = [room for look in looks for room in DOOR.findall(look) if room not in been]
-        return (self.sought, f"navigate_to({unknown[0]})") if unknown else None
+        return [self.sought, f"navigate_to({unknown[0]})"] if unknown else []
 
     def begin(self, game: Game):
         self.game, self.description = game, game.load(self.task, self.variation)
         self.state = game.state()
 
     def note(self, subgoal: str | None, action: str, observation: str, score: int):
+        if not self.missing(self.sought):
+            self.sought = self.needs = ""  # it has been found, and this step was taken there
         self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
 
     def die(self, death: SimulatorDied):
