@@ -80,8 +80,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 ]
 # How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
 # experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
-# A find(X) that opens nothing new is sooner taken to other rooms.
-OFTEN = {"subgoal": 5, "action": 1, "find": 2}
+OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
@@ -243,7 +242,7 @@ class Live:
         if NEEDS.match(planned[0]) and (names := self.missing(planned[0])):
             find = f"find({names[0]})"
             self.needs = self.needs or planned[0].removeprefix(find)
-            if not self.sought and sum(step["subgoal"] == find for step in self.here) < OFTEN["find"]:
+            if not self.sought and sum(step["subgoal"] == find for step in self.here) < OFTEN["subgoal"]:
                 return [find, find]
             self.sought = self.sought or find
         if not self.sought:
