@@ -127,6 +127,7 @@ class Agent:
             planned = [episode.search(best) or 2 * episode.fresh_first(best, "subgoal")[:1]
                        for episode, best in zip(episodes, beams, strict=True)]
         subgoals = [self.subgoal(episode, name) for episode, (name, _) in zip(episodes, planned, strict=True)]
+        # What the executor is told is the sub-goal, or in a search the way.
         told = [way if subgoal == name else subgoal for subgoal, (name, way) in zip(subgoals, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, told, strict=True)]
         return subgoals, self.ask(self.executor, episodes, states)
