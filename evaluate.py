@@ -242,7 +242,8 @@ class Live:
         """
         if NEEDS.match(planned[0]) and (names := self.missing(planned[0])):
             find = f"find({names[0]})"
-            self.needs = self.needs or planned[0].removeprefix(find)
+            if planned[0] != find:
+                self.needs = self.needs or planned[0]
             if not self.sought and sum(step["subgoal"] == find for step in self.here) < OFTEN["subgoal"]:
                 return [find, find]
             self.sought = self.sought or find
@@ -789,7 +790,7 @@ def load_translator(folder: str | Path):
 def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: int, about: dict) -> list:
     """The token ids (inputs, best, any length) of CTranslate2's `best` likeliest answers to every input."""
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in inputs]
-    # All but no bonus for length: with none at all, a search ends before its longer answers do.
+    # All but no bonus for length: with none at all, CTranslate2 stops before its longer answers are complete.
     shared = dict(
         beam_size=beams, num_hypotheses=best, length_penalty=1e-9, patience=beams, max_batch_size=32,
         end_token=about["frame"][2])

@@ -55,6 +55,7 @@ def test_all_30_tasks_give_a_trajectory_in_the_one_record(tmp_path):
 
 @pytest.mark.parametrize("actions, subgoals", [
     ("open cupboard, pick up metal pot, look around", ["find(metal pot)"] * 3),
+    ("open fridge, open freezer, focus on ice", ["find(ice)"] * 2 + ["focus_on(ice)"]),
     ("examine ice, use thermometer in inventory on ice, wait, examine ice, focus on red box",
      ["monitor_temperature(ice)"] * 4 + ["focus_on(red box)"]),
     # a walk is named by its last room, and ends where it turns back
