@@ -218,8 +218,8 @@ class Live:
 
     @property
     def hesitates(self) -> bool:
-        """Whether one answer will not do: something was refused in the present state, was done in it, or was sought."""
-        return bool(self.refused or self.here or self.sought)
+        """Whether one answer will not do: something was refused in the present state or done in it, or has been found."""
+        return bool(self.refused or self.here or self.sought and not self.missing(self.sought))
 
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""

@@ -126,10 +126,12 @@ def test_the_flat_baseline_sees_no_subgoal(experts, name):
             assert not any(subgoal in render(template(name), state) for subgoal in subgoals)
 
 
-def test_looks_and_closed_doors_are_left_out_of_examples_and_history(experts):
+def test_looks_closed_doors_and_what_was_done_in_vain_are_left_out_of_examples_and_history(experts):
+    assert any(step["observation"] == "The door is already open." for episode in experts for step in episode["steps"])
     for episode in experts:
         for state, step in trained_states(episode):
-            assert not any(UNTRAINED.fullmatch(shown["action"]) for shown in [step, *state["history"]])
+            for shown in [step, *state["history"]]:
+                assert not UNTRAINED.fullmatch(shown["action"]) and "is already open" not in shown["observation"]
 
 
 def test_the_compact_wording_keeps_every_door_and_thing():
@@ -227,6 +229,25 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
     for task, kept in (("boil the substance", True), ("boil egg", False)):
         named = named_in(task, [answer])
         assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
+
+
+def test_a_word_that_the_task_shares_with_an_object_is_renamed_in_task_look_and_answer():
+    task, answer = "focus on the life stages of the turtle", "focus on egg turtle"
+    named = named_in(task, [answer])
+    assert named["turtle"] == 1 and "egg" not in named
+    text, answer = renamed(f"task: {task} | sees: turtle egg", answer, named, ["wire"], random.Random(0), 1)
+    name = answer.removeprefix("focus on egg ")
+    assert "turtle" not in name and text == f"task: focus on the life stages of the {name} | sees: {name} egg"
+
+
+def test_degrees_and_ticks_become_others_in_the_same_order():
+    text = "task: above 50.0 degrees celsius | did: 16 degrees celsius | has: -3 degrees | sees: flower pot 7"
+    changed = {renamed(text, "move egg to flower pot 7", {}, ["wire"], random.Random(n), 0.5) for n in range(20)}
+    assert len(changed) > 5
+    for new, answer in changed:
+        limit, read, cold, pot = map(float, re.findall(r"-?\d+(?:\.\d)?", new))
+        assert limit > read > cold and pot == 7 and answer == "move egg to flower pot 7"
+    assert sum(new == text for new, _ in changed) == 1
 
 
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
