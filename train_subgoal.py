@@ -755,7 +755,7 @@ def has_bf16() -> bool:
 
 
 def main():
-    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=7)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=10)
     options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 
