@@ -51,7 +51,7 @@ MEASURE = re.compile(r"(-?\d+)((?:\.\d)? (?:degrees|ticks))")  # what thermomete
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
 UNTRAINED = re.compile("look around|close door .*")
-IN_VAIN = re.compile("The .* is already open.")
+ALREADY = re.compile("The .* is already open.")
 # T5s built from scratch, by name. A Llama of the size of tiny, trained as long on the demo, has exact match 78% on dev
 # (tiny: 92 to 95%), and 0% where no training example has that answer (tiny: 46 to 78%).
 SIZES = {
@@ -119,14 +119,14 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
 
 
 def trained_states(episode: Episode) -> Iterator[tuple[dict, Step]]:
-    """(state, step taken in it) of an expert's steps, without those that are left out: see UNTRAINED and IN_VAIN.
+    """(state, step taken in it) of an expert's steps, without those that are left out: see UNTRAINED and ALREADY.
 
     What a student is to say is in small letters, as most of the expert's actions are: `focus on unknown substance b`.
     The simulator takes them for any, and students need not learn when to write which.
     """
     steps = [{**step, "subgoal": step["subgoal"].lower(), "action": step["action"].lower()}
              for step in episode["steps"]
-             if not UNTRAINED.fullmatch(step["action"]) and not IN_VAIN.fullmatch(step["observation"])]
+             if not UNTRAINED.fullmatch(step["action"]) and not ALREADY.fullmatch(step["observation"])]
     for i, step in enumerate(steps):
         yield state_of(episode["description"], steps[:i], step["look"], step["inventory"]), step
 
