@@ -218,7 +218,7 @@ class Live:
 
     @property
     def hesitates(self) -> bool:
-        """Whether one answer will not do: something was refused or done in the present state, or has just been found."""
+        """Whether one answer will not do: something was refused or done in the present state, or was found."""
         return bool(self.refused or self.here or self.sought and not self.missing(self.sought))
 
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
