@@ -47,7 +47,7 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
-MEASURE = re.compile(r"(-?\d+)((?:\.\d)? (?:degrees|ticks))")  # what thermometers and stopwatches show, and tasks set
+MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
 UNTRAINED = re.compile("look around|close door .*")
@@ -163,11 +163,27 @@ def compact(text: str) -> str:
     return text.strip(" ,.;")
 
 
+def compared(text: str) -> str:
+    """The text with what is measured as `more`, `less` or `equal`, beside the first in the text of the same unit.
+
+    That is the limit which the task sets, or what was measured before. Small models do not learn to compare numbers from
+    a few hundred measurements, but the numbers by heart.
+    """
+    first = {}
+
+    def word(measured: re.Match) -> str:
+        value, unit = float(measured[1]), measured[2]
+        limit = first.setdefault(unit, value)
+        return f"{'more' if value > limit else 'less' if value < limit else 'equal'} {unit}"
+
+    return MEASURE.sub(word, text)
+
+
 @cache
 def compiled(template: str) -> jinja2.Template:
     """A template, which fails on a field that does not exist."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["compact"] = cache(compact)
+    environment.filters |= {"compact": cache(compact), "compared": compared}
     return environment.from_string(template)
 
 
@@ -214,12 +230,8 @@ def renamed(
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
-    name is what is to be said. A share of the examples has other degrees and ticks, in the same order: the experts'
-    substances always melt at the same temperature, but what counts is which is above which, and what has melted.
+    name is what is to be said.
     """
-    if chance.random() < share:
-        scale, shift = chance.uniform(1, 3), chance.uniform(-100, 100)
-        text = MEASURE.sub(lambda old: f"{round(scale * float(old[1]) + shift)}{old[2]}", text)
     new = {}
     for name, least in named.items():
         if chance.random() < share and len(whole(name).findall(text)) >= least:
