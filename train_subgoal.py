@@ -166,8 +166,8 @@ def compact(text: str) -> str:
 def compared(text: str) -> str:
     """The text with what is measured as `more`, `less` or `equal`, beside the first in the text of the same unit.
 
-    That is the limit which the task sets, or what was measured before. Small models do not learn to compare numbers from
-    a few hundred measurements, but the numbers by heart.
+    That is the limit which the task sets, or what was measured before. From a few hundred measurements small models do
+    not learn to compare numbers, but the numbers by heart.
     """
     first = {}
 
