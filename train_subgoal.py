@@ -61,6 +61,8 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
+# Of an example's answer: one of the two steps before had the same; none had; and no other one comes after it.
+KINDS = ("again", "new", "last")
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -490,7 +492,7 @@ def with_adapters(model, rank: int):
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
     """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, kind)]}).
 
-    A kind is (task, whether one of the two steps before has the same answer).
+    A kind is (task, one of KINDS).
     """
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
@@ -500,7 +502,8 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        kinds = [(episode["task"], answer in said[max(0, i - 2) : i]) for i, answer in enumerate(said)]
+        kinds = [(episode["task"], "again" if answer in said[max(0, i - 2) : i] else "new" if set(said[i:]) - {answer}
+                  else "last") for i, answer in enumerate(said)]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
@@ -558,25 +561,28 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. At least half of them are such whose answer
-    is not that of a step just before: the experts measure for 25 steps, and what comes then is seen once. The order
-    follows from seed and epoch alone. `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. At least a third of them are the last of
+    KINDS, what an episode ends with: into which box, after 25 steps of measuring, is said once, decides all, and takes
+    thousands of updates to learn. At least another third are new answers. The order follows from seed and epoch alone.
+    `kinds` are those of `prepare`.
     """
 
-    def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, bool]] = (),
+    def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
                  per_task: int | None = None):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
         self.update, self.seed = update, seed
-        tasks, again = (np.asarray(column) for column in zip(*(kinds or [("", False)] * len(lengths)), strict=True))
+        tasks, kinds = (np.asarray(column) for column in zip(*(kinds or [("", "new")] * len(lengths)), strict=True))
         self.shares = []  # places of examples, and how many of them are shown in an epoch
         for task in sorted(set(tasks)):
-            changes, others = (np.flatnonzero((tasks == task) & (again == same)) for same in (False, True))
-            shares = len(changes), len(others)
-            if per_task:
-                wanted = max(per_task // 2, round(per_task * len(changes) / sum(shares)))
-                first = min(REPEATED * len(changes), wanted)
-                shares = first, min(REPEATED * len(others), per_task - first)
-            self.shares += [pair for pair in zip((changes, others), shares, strict=True) if pair[1]]
+            left, all_of_it = per_task, sum(tasks == task)
+            for kind in reversed(KINDS):
+                places = np.flatnonzero((tasks == task) & (kinds == kind))
+                share = len(places)
+                if per_task:
+                    wanted = left if kind == "again" else max(per_task // 3, round(per_task * share / all_of_it))
+                    share = min(REPEATED * share, wanted, left)
+                    left -= share
+                self.shares += [(places, share)] * (share > 0)
         self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
@@ -725,8 +731,8 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch, half of them where the answer changes: a long task gives no more, "
-        "those of a short one come again (default: all)"})
+        "help": "examples of each task in an epoch, a third of them what episodes end with, and a third new answers: a "
+        "long task gives no more, those of a short one come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={

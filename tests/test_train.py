@@ -283,7 +283,7 @@ def test_fewer_examples_than_an_update_has_fill_one(examples):
 
 
 def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and_again():
-    kinds = [("long", False)] * 900 + [("short", False)] * 60 + [("one", False)]
+    kinds = [("long", "new")] * 900 + [("short", "new")] * 60 + [("one", "new")]
 
     def epoch(number: int) -> list[tuple[int, int]]:
         order = Order(np.full(961, 9), 8, 0, kinds, per_task=100)
@@ -300,12 +300,26 @@ def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and
     assert not set(first) & set(second)
 
 
-@pytest.mark.parametrize("changes, shown", [(400, 50), (5, 40), (980, 98)])
-def test_half_of_a_tasks_share_at_least_are_examples_with_another_answer_than_just_before(changes, shown):
-    """As far as there are as many, REPEATED times those that there are; where most are such, as many as there are."""
-    order = Order(np.full(1000, 9), 4, 0, [("measure", i >= changes) for i in range(1000)], per_task=100)
-    numbers = [example for _, example in order]
-    assert len(numbers) == 100 and sum(number < changes for number in numbers) == shown
+@pytest.mark.parametrize("last, new, shown", [(100, 400, (33, 40, 27)), (3, 5, (24, 33, 43)), (20, 975, (33, 67, 0))])
+def test_of_a_tasks_share_a_third_are_what_episodes_end_with_and_a_third_new_answers(last, new, shown):
+    """As far as there are as many, REPEATED times those that there are; where there are more, as many as there are."""
+    kinds = ["last"] * last + ["new"] * new + ["again"] * (1000 - last - new)
+    order = Order(np.full(1000, 9), 4, 0, [("measure", kind) for kind in kinds], per_task=100)
+    counts = Counter(kinds[example] for _, example in order)
+    assert (counts["last"], counts["new"], counts["again"]) == shown
+
+
+def test_an_example_is_of_the_kind_that_its_answer_makes_it(tmp_path, experts):
+    wanted = [("find(egg)", "new"), ("measure(egg)", "new"), ("find(egg)", "again"), ("measure(egg)", "again"),
+              ("move(egg, red box)", "last")]
+    step = {**experts[0]["steps"][0], "action": "wait1", "observation": ""}
+    named = [{**step, "subgoal": subgoal} for subgoal, _ in wanted]
+    for split in ("train", "dev"):
+        (tmp_path / split).write_text(json.dumps({**experts[0], "steps": named, "split": split}) + "\n")
+    options = train_subgoal.Options([str(tmp_path / "train"), str(tmp_path / "dev")],
+                                    template=str(ROOT / "prompts/subgoal_compact.jinja"))
+    _, texts = train_subgoal.prepare("subgoal", options, subgoal_examples)
+    assert [(answer, kind) for _, answer, _, (_, kind) in texts["train"]] == wanted
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
