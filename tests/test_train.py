@@ -89,12 +89,14 @@ def test_a_small_planner_remembers_what_it_has_measured_and_read():
                  ("drop(recipe)", "drop recipe", "You drop it."), ("time(plane b)", "examine stopwatch", "9 ticks"))]
     state = state_of("Which?", steps, "", "")
     assert list(state["results"]) == ["time(plane a)", "read(recipe)"], "of what is finished, and was done to know it"
-    assert "done: time(plane a) with The time reads 24 ticks ; read(recipe) with To make" in render(
-        template("subgoal_compact"), state)
+    shown = render(template("subgoal_compact"), state)
+    assert "done: time(plane a) with The time reads equal ticks ; read(recipe) with To make" in shown
+    assert "did: drop recipe ; examine stopwatch ; less ticks" in shown
 
 
 def test_students_say_everything_in_small_letters_which_the_simulator_takes(experts):
-    step = {**experts[0]["steps"][0], "subgoal": "focus_on(substance B)", "action": "Focus on B"}
+    step = {**experts[0]["steps"][0], "subgoal": "focus_on(substance B)", "action": "Focus on B",
+            "observation": ""}
     episode = {**experts[0], "steps": [step]}
     assert [answer for _, answer in subgoal_examples(episode)] == ["focus_on(substance b)"]
     assert [(state["subgoal"], answer) for state, answer in action_examples(episode)] == [
