@@ -51,7 +51,7 @@ MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers a
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
 UNTRAINED = re.compile("look around|close door .*")
-ALREADY = re.compile("The .* is already open.")
+ALREADY = re.compile(r"The .* is already open\.")
 # T5s built from scratch, by name. A Llama of the size of tiny, trained as long on the demo, has exact match 78% on dev
 # (tiny: 92 to 95%), and 0% where no training example has that answer (tiny: 46 to 78%).
 SIZES = {
@@ -61,8 +61,8 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: one of the two steps before had the same; none had; and no other one comes after it.
-KINDS = ("again", "new", "last")
+# Of an example's answer: no other comes after it; none of the two steps before had it; or one had. See `kind_of`.
+KINDS = ("last", "new", "again")
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -220,10 +220,12 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
     Of an object that the task does not name as it is, also its words that the task has: of turtles, an expert focuses
     on `egg turtle`, where a look shows a turtle egg.
     """
+    def told(name: str) -> bool:
+        return bool(whole(name).search(description))
+
     objects = {name for answer in answers for name in objects_of(answer)}
-    parts = {word for name in objects if not whole(name).search(description) for word in name.split()
-             if not LITTLE.fullmatch(word) and whole(word).search(description)}
-    return {name: 1 if whole(name).search(description) else 2 for name in sorted(objects | parts)}
+    words = {word for name in objects if not told(name) for word in name.split() if not LITTLE.fullmatch(word)}
+    return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
 def renamed(
@@ -502,8 +504,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        kinds = [(episode["task"], "again" if answer in said[max(0, i - 2) : i] else "new" if set(said[i:]) - {answer}
-                  else "last") for i, answer in enumerate(said)]
+        kinds = [(episode["task"], kind_of(said, i)) for i in range(len(said))]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
@@ -512,6 +513,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         teacher=teacher_of(taught), max_source_length=options.max_source_length,
         max_target_length=options.max_target_length, template=template)
     return about, texts
+
+
+def kind_of(said: list[str], i: int) -> str:
+    """Which of KINDS answer i of an episode's is."""
+    if said[i] in said[max(0, i - 2) : i]:
+        return "again"
+    return "last" if set(said[i:]) == {said[i]} else "new"
 
 
 def read_data(paths: list[str]) -> list[Episode]:
@@ -561,10 +569,10 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. At least a third of them are the last of
-    KINDS, what an episode ends with: into which box, after 25 steps of measuring, is said once, decides all, and takes
-    thousands of updates to learn. At least another third are new answers. The order follows from seed and epoch alone.
-    `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. At least a third of them are what an episode
+    ends with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
+    learn. At least another third are new answers. The order follows from seed and epoch alone. `kinds` are those of
+    `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
@@ -575,7 +583,7 @@ class Order:
         self.shares = []  # places of examples, and how many of them are shown in an epoch
         for task in sorted(set(tasks)):
             left, all_of_it = per_task, sum(tasks == task)
-            for kind in reversed(KINDS):
+            for kind in KINDS:
                 places = np.flatnonzero((tasks == task) & (kinds == kind))
                 share = len(places)
                 if per_task:

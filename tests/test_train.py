@@ -20,8 +20,8 @@ from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, compared, named_in, new_model, render, renamed, simulator_words,
-    state_of, subgoal_examples, trained_states
+    REPEATED, UNTRAINED, Examples, Order, compact, compared, kind_of, named_in, new_model, render, renamed,
+    simulator_words, state_of, subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -311,17 +311,9 @@ def test_of_a_tasks_share_a_third_are_what_episodes_end_with_and_a_third_new_ans
     assert (counts["last"], counts["new"], counts["again"]) == shown
 
 
-def test_an_example_is_of_the_kind_that_its_answer_makes_it(tmp_path, experts):
-    wanted = [("find(egg)", "new"), ("measure(egg)", "new"), ("find(egg)", "again"), ("measure(egg)", "again"),
-              ("move(egg, red box)", "last")]
-    step = {**experts[0]["steps"][0], "action": "wait1", "observation": ""}
-    named = [{**step, "subgoal": subgoal} for subgoal, _ in wanted]
-    for split in ("train", "dev"):
-        (tmp_path / split).write_text(json.dumps({**experts[0], "steps": named, "split": split}) + "\n")
-    options = train_subgoal.Options([str(tmp_path / "train"), str(tmp_path / "dev")],
-                                    template=str(ROOT / "prompts/subgoal_compact.jinja"))
-    _, texts = train_subgoal.prepare("subgoal", options, subgoal_examples)
-    assert [(answer, kind) for _, answer, _, (_, kind) in texts["train"]] == wanted
+def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_just_said():
+    said = ["find(egg)", "measure(egg)", "find(egg)", "measure(egg)", "move(egg, box)", "move(egg, box)"]
+    assert [kind_of(said, i) for i in range(6)] == ["new", "new", "again", "again", "last", "again"]
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
