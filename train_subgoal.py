@@ -499,12 +499,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
+    told = role == "action" and not more["flat"]  # the executor decides nothing: its sub-goal says how an episode ends
     episodes = read_data(options.data)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        kinds = [(episode["task"], kind_of(said, i)) for i in range(len(said))]
+        kinds = [(episode["task"], kind_of(said, i, told)) for i in range(len(said))]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
@@ -515,11 +516,11 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     return about, texts
 
 
-def kind_of(said: list[str], i: int) -> str:
-    """Which of KINDS answer i of an episode's is."""
+def kind_of(said: list[str], i: int, told: bool = False) -> str:
+    """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
     if said[i] in said[max(0, i - 2) : i]:
         return "again"
-    return "last" if set(said[i:]) == {said[i]} else "new"
+    return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
 def read_data(paths: list[str]) -> list[Episode]:

@@ -314,6 +314,7 @@ def test_of_a_tasks_share_a_third_are_what_episodes_end_with_and_a_third_new_ans
 def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_just_said():
     said = ["find(egg)", "measure(egg)", "find(egg)", "measure(egg)", "move(egg, box)", "move(egg, box)"]
     assert [kind_of(said, i) for i in range(6)] == ["new", "new", "again", "again", "last", "again"]
+    assert kind_of(said, 4, told=True) == "new", "the executor learns what any sub-goal wants of it"
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
