@@ -231,10 +231,9 @@ def renamed(
 ) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    Some of the words are two in one, `copperpaint`, so that a student learns to spell what no look has shown it.
-
-    `named` is of the episode's answers: were only the objects of this one renamed, a student would learn that a strange
-    name is what is to be said.
+    Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
+    episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
+    to be said.
     """
     new = {}
     for name, least in named.items():
@@ -456,7 +455,8 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     words = sorted(simulator_words() | {word for word in named if word.isalpha() and len(word) > 1})
     model, tokenizer = model_and_tokenizer(options, texts["train"], words)
     decoder = not model.config.is_encoder_decoder
-    about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(),
+    names = {name for _, answer, *_ in texts["train"] for name in objects_of(answer)}
+    about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(), names=sorted(names),
                   train_examples=len(texts["train"]), dev_examples=len(texts["dev"]))
     tokenise = partial(examples_of, tokenizer, about=about, decoder=decoder)
     train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
