@@ -455,8 +455,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     words = sorted(simulator_words() | {word for word in named if word.isalpha() and len(word) > 1})
     model, tokenizer = model_and_tokenizer(options, texts["train"], words)
     decoder = not model.config.is_encoder_decoder
-    names = {name for _, answer, *_ in texts["train"] for name in objects_of(answer)}
-    about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(), names=sorted(names),
+    about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(),
                   train_examples=len(texts["train"]), dev_examples=len(texts["dev"]))
     tokenise = partial(examples_of, tokenizer, about=about, decoder=decoder)
     train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
