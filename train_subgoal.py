@@ -61,6 +61,8 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
+# Of an example's answer: no other comes after it; none of the two steps before had it; or one had. See `kind_of`.
+KINDS = ("last", "new", "again")
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -495,19 +497,19 @@ def with_adapters(model, rank: int):
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
     """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, kind)]}).
 
-    A kind is (task, whether the student decides with this answer how the episode ends): an executor never does.
+    A kind is (task, one of KINDS).
     """
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
-    decides = role == "subgoal" or more["flat"]
+    told = role == "action" and not more["flat"]  # the executor decides nothing: its sub-goal says how an episode ends
     episodes = read_data(options.data)
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        texts[episode["split"]] += [
-            (*pair, named, (episode["task"], decides and is_end(said, i))) for i, pair in enumerate(pairs)]
+        kinds = [(episode["task"], kind_of(said, i, told)) for i in range(len(said))]
+        texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
@@ -517,9 +519,11 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     return about, texts
 
 
-def is_end(said: list[str], i: int) -> bool:
-    """Whether answer i of an episode's is the one that it ends with, said for the first time."""
-    return set(said[i:]) == {said[i]} and said[i] not in said[max(0, i - 2) : i]
+def kind_of(said: list[str], i: int, told: bool = False) -> str:
+    """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
+    if said[i] in said[max(0, i - 2) : i]:
+        return "again"
+    return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
 def read_data(paths: list[str]) -> list[Episode]:
@@ -547,9 +551,8 @@ def teacher_of(episodes: list[Episode]) -> dict:
 class Examples:
     """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
-    An index is (number of the showing, number of the example, whether the first token of its answer is learnt), as
-    `Order` gives them. From it the chance follows: a run that goes on after a kill, and several processes, are given
-    the examples that one is.
+    An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
+    a kill, and several processes, are given the examples that one is.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -559,12 +562,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, index: tuple[int, int, bool]) -> dict:
-        showing, i, whole_answer = index
+    def __getitem__(self, index: tuple[int, int]) -> dict:
+        showing, i = index
         text, answer, named, _ = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        example = self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
-        return {**example, "whole_answer": whole_answer}
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
 
 
 class Order:
@@ -573,30 +575,31 @@ class Order:
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
     those of a short one up to REPEATED times, each time with other names. At least a third of them are what an episode
     ends with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
-    learn. But when to end is learnt as often as it occurs: of most of these answers the first token, `move` or
-    `focus_on`, is no label. The order follows from seed and epoch alone. `kinds` are those of `prepare`.
+    learn. At least another third are new answers: students then go on to the next thing sooner than experts, and gain
+    by it, as with the experts' shares they wait until the moves are over. The order follows from seed and epoch alone.
+    `kinds` are those of `prepare`.
     """
 
-    def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, bool]] = (),
+    def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
                  per_task: int | None = None):
         self.lengths = -(-np.asarray(lengths) // 8)  # in eights: coarse enough to mix
         self.update, self.seed = update, seed
-        tasks, ends = (np.asarray(column) for column in zip(*(kinds or [("", False)] * len(lengths)), strict=True))
+        tasks, kinds = (np.asarray(column) for column in zip(*(kinds or [("", "new")] * len(lengths)), strict=True))
         self.shares = []  # places of examples, and how many of them are shown in an epoch
-        self.begun = np.ones(len(lengths))  # of each example, the share of its showings that learn the first token
         for task in sorted(set(tasks)):
-            last, others = (np.flatnonzero((tasks == task) & (ends == end)) for end in (True, False))
-            natural = len(last) / (len(last) + len(others))
-            shown = per_task or len(last) + len(others)
-            share = min(REPEATED * len(last), round(shown * max(1 / 3 if per_task else 0, natural)))
-            rest = min(REPEATED * len(others), shown - share)
-            if share and rest:
-                self.begun[last] = len(last) / share * rest / len(others)
-            self.shares += [(places, count) for places, count in ((last, share), (others, rest)) if count]
+            left, all_of_it = per_task, sum(tasks == task)
+            for kind in KINDS:
+                places = np.flatnonzero((tasks == task) & (kinds == kind))
+                share = len(places)
+                if per_task:
+                    wanted = left if kind == "again" else max(per_task // 3, round(per_task * share / all_of_it))
+                    share = min(REPEATED * share, wanted, left)
+                    left -= share
+                self.shares += [(places, share)] * (share > 0)
         self.size = sum(share for _, share in self.shares)
         self.epoch, self.over = 0, False
 
-    def __iter__(self) -> Iterator[tuple[int, int, bool]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         count, shown = len(self.lengths), []  # `count + 3` is example 3 in its second showing
         for places, share in self.shares:
@@ -607,9 +610,7 @@ class Order:
         order = np.resize(order, len(self))  # the last update is filled up
         *others, longest = order.reshape(-1, self.update)  # the longest first: too little memory shows at once
         order = [] if self.over else np.concatenate([longest, *generator.permutation(others)])
-        begun = generator.random(len(order)) < self.begun[np.asarray(order, int) % count]
-        return ((self.epoch * REPEATED + int(i) // count, int(i) % count, bool(first))
-                for i, first in zip(order, begun, strict=True))
+        return ((self.epoch * REPEATED + int(i) // count, int(i) % count) for i in order)
 
     def __len__(self) -> int:
         return -(-self.size // self.update) * self.update
@@ -646,11 +647,7 @@ def make_trainer(
         Of a question's other tokens, logits over a vocabulary of 262,144 cost more than all the layers before. The
         place before is for the Trainer, which counts a decoder's labels from the second place on.
         """
-        whole_answers = [example.pop("whole_answer", True) for example in examples]
         batch = collator(examples)
-        for labels, whole_answer in zip(batch["labels"], whole_answers, strict=True):
-            if not whole_answer:
-                labels[labels.ne(-100).nonzero()[0]] = -100
         if chooses:
             first, *others = batch["labels"].ne(-100).any(0).nonzero()[:, 0].tolist()
             batch["logits_to_keep"] = torch.tensor([first - 1, first, *others])

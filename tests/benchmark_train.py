@@ -109,7 +109,7 @@ def main():
         optimizer.zero_grad()
 
     # Of an epoch's updates in order of length, as many as asked for, evenly spread: they stand for all the data.
-    updates = np.reshape([example for _, example, _ in Order(lengths, 32, seed=0)], (-1, 32))
+    updates = np.reshape([example for _, example in Order(lengths, 32, seed=0)], (-1, 32))
     updates = sorted(updates.tolist(), key=lambda update: lengths[update[0]])
     updates = [updates[(2 * i + 1) * len(updates) // (2 * args.updates)] for i in range(args.updates)]
     by_length = np.reshape(updates, (-1, 4, 8)).tolist()

@@ -20,7 +20,7 @@ from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, compared, is_end, named_in, new_model, render, renamed,
+    REPEATED, UNTRAINED, Examples, Order, compact, compared, kind_of, named_in, new_model, render, renamed,
     simulator_words, state_of, subgoal_examples, trained_states
 )
 
@@ -255,7 +255,7 @@ def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
 
     def epoch(number: int, seed: int = 0) -> list:
         examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
-        return [examples[number, i, True]["input_ids"][1] for i in range(50)]
+        return [examples[number, i]["input_ids"][1] for i in range(50)]
 
     assert epoch(0) == epoch(0) and epoch(0) != epoch(1) and epoch(0) != epoch(0, seed=1)
     assert 10 < sum(answer == "pick up egg" for answer in epoch(0)) < 40
@@ -267,7 +267,7 @@ def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
 def epoch_of(lengths, number: int, update: int = 32, seed: int = 0) -> list[int]:
     order = Order(lengths, update, seed)
     order.epoch = number
-    return [example for _, example, _ in order]
+    return [example for _, example in order]
 
 
 def test_an_epoch_has_every_example_and_updates_of_one_length():
@@ -286,39 +286,36 @@ def test_fewer_examples_than_an_update_has_fill_one(examples):
 
 
 def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and_again():
-    kinds = [("long", False)] * 900 + [("short", False)] * 60 + [("one", False)]
+    kinds = [("long", "new")] * 900 + [("short", "new")] * 60 + [("one", "new")]
 
-    def epoch(number: int) -> list[tuple[int, int, bool]]:
+    def epoch(number: int) -> list[tuple[int, int]]:
         order = Order(np.full(961, 9), 8, 0, kinds, per_task=100)
         order.epoch = number
         assert len(order) == 208, "100 of each, but of the last REPEATED, and whole updates"
         return list(order)
 
     first, second = epoch(0), epoch(1)
-    shown = Counter(example for _, example, _ in first)
+    shown = Counter(example for _, example in first)
     assert sum(shown[i] for i in range(900, 960)) == 100 and {shown[i] for i in range(900, 960)} == {1, 2}
     assert shown[960] == REPEATED and len(set(first)) == 208, "each time in another showing, and so with other names"
-    long = [{example for _, example, _ in some if example < 900} for some in (first, second)]
+    long = [{example for _, example in some if example < 900} for some in (first, second)]
     assert len(long[0]) == 100 and len(long[0] & long[1]) < 50, "each epoch takes other ones of the long task"
     assert not set(first) & set(second)
 
 
-@pytest.mark.parametrize("ends, shown", [(10, 33), (3, 24), (400, 40)])
-def test_a_third_of_a_tasks_examples_end_an_episode_whose_first_token_is_learnt_as_often_as_it_occurs(ends, shown):
+@pytest.mark.parametrize("last, new, shown", [(100, 400, (33, 40, 27)), (3, 5, (24, 33, 43)), (20, 975, (33, 67, 0))])
+def test_of_a_tasks_share_a_third_are_what_episodes_end_with_and_a_third_new_answers(last, new, shown):
     """As far as there are as many, REPEATED times those that there are; where there are more, as many as there are."""
-    order = Order(np.full(1000, 9), 4, 0, [("measure", i < ends) for i in range(1000)], per_task=100)
-    ended, begun = [], Counter()
-    for order.epoch in range(500):
-        epoch = list(order)
-        ended.append(sum(i < ends for _, i, _ in epoch))
-        begun.update(i < ends for _, i, learnt in epoch if learnt)
-    assert set(ended) == {shown}
-    assert 0.7 < begun[True] / begun[False] / (ends / (1000 - ends)) < 1.3
+    kinds = ["last"] * last + ["new"] * new + ["again"] * (1000 - last - new)
+    order = Order(np.full(1000, 9), 4, 0, [("measure", kind) for kind in kinds], per_task=100)
+    counts = Counter(kinds[example] for _, example in order)
+    assert (counts["last"], counts["new"], counts["again"]) == shown
 
 
-def test_what_an_episode_ends_with_is_told_from_what_was_just_said():
+def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_just_said():
     said = ["find(egg)", "measure(egg)", "find(egg)", "measure(egg)", "move(egg, box)", "move(egg, box)"]
-    assert [is_end(said, i) for i in range(6)] == [False] * 4 + [True, False]
+    assert [kind_of(said, i) for i in range(6)] == ["new", "new", "again", "again", "last", "again"]
+    assert kind_of(said, 4, told=True) == "new", "the executor learns what any sub-goal wants of it"
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
