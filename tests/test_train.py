@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from annotate import Simulator, read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    REPEATED, UNTRAINED, Examples, Order, compact, compared, kind_of, named_in, new_model, render, renamed,
-    simulator_words, state_of, subgoal_examples, trained_states
+    REPEATED, UNTRAINED, Examples, Options, Order, compact, compared, kind_of, named_in, new_model, prepare, render,
+    renamed, simulator_words, state_of, subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -315,7 +316,16 @@ def test_of_a_tasks_share_a_third_are_what_episodes_end_with_and_a_third_new_ans
 def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_just_said():
     said = ["find(egg)", "measure(egg)", "find(egg)", "measure(egg)", "move(egg, box)", "move(egg, box)"]
     assert [kind_of(said, i) for i in range(6)] == ["new", "new", "again", "again", "last", "again"]
-    assert kind_of(said, 4, told=True) == "new", "the executor learns what any sub-goal wants of it"
+
+
+def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(data):
+    def kinds(role: str, make_examples, **more) -> set[str]:
+        options = Options(data=[str(data)], template=str(ROOT / f"prompts/{role}_compact.jinja"))
+        return {kind for *_, (_, kind) in prepare(role, options, make_examples, **more)[1]["train"]}
+
+    assert "last" in kinds("subgoal", subgoal_examples)
+    assert "last" in kinds("action", partial(action_examples, flat=True), flat=True)
+    assert "last" not in kinds("action", action_examples, flat=False)
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
