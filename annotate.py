@@ -274,7 +274,8 @@ RULES = [
     ("fill(C pot, X)", "(open cupboard;)?(pick up X;)?move X to C pot;(pick up C pot;)?"),
     ("fill(C cup, X)", "(pick up X;)?move X to C cup;"),
     ("read(X)", "pick up X;read X;"),
-    ("pick_up(parts)", "(pick up _;){3,}"),
+    ("pick_up(A, B, C, D)", "pick up A;pick up B;pick up C;pick up D;"),
+    ("pick_up(A, B, C)", "pick up A;pick up B;pick up C;"),
     ("drop(parts)", "(drop _;){3,}"),
     ("dig(soil)", "use shovel on ground;pick up soil;"),
     # heating, cooling, measuring
@@ -283,6 +284,9 @@ RULES = [
     ("cool(X)", "(pour _ into _;)?(pick up _;)*(open _;)?move X to (ultra low temperature freezer|freezer|fridge);"),
     ("monitor_temperature(X)", "(examine|use thermometer on) X;((examine|use thermometer on) _;|wait[0-9]*;)*"),
     # mixing
+    ("mix(X, Y, V)", "(open _;)*pour cup containing X( in [^;]+?)? in _;pour cup containing Y( in [^;]+?)? in _;"
+                     "mix V( containing _)?;"),
+    ("mix(X, V)", "(open _;)*pour cup containing X( in [^;]+?)? in _;mix V( containing _)?;"),
     ("mix(V)", "(open _;)*((pour _ (in|into) _|move _ to _|examine _);)*mix V;"),
     # growing
     ("plant(X)", "(move X in seed jar to flower pot [0-9]+;)+"),
@@ -291,8 +295,10 @@ RULES = [
     ("pollinate(plants)", "(close door to _;)*open bee hive;"),
     ("wait()", "(wait[0-9]*;)+"),
     # electricity
-    ("power(D)", "(connect _ to _;)*connect _ to (anode|cathode) in D;(connect _ to (anode|cathode) in D;)*"
-                 "(activate _;)?(wait[0-9]*;)*"),
+    ("connect(S)", "connect S (anode|cathode) to _;(connect _ to _;)*connect _ to (anode|cathode) in _;"
+                   "(?=connect _ terminal [12] to [^;]+ terminal)"),  # to any device, for a test
+    ("power(D, S)", "connect S (anode|cathode) to _;(connect _ to _;)*connect _ to (anode|cathode) in D;"
+                    "(connect _ to (anode|cathode) in D;)*(activate _;)?(wait[0-9]*;)*"),
     ("test_conductivity(X)", "(connect X terminal [12] to _;)+(wait[0-9]*;)*"),
     # inclined planes
     ("measure_time(B, X)", "move B to X;activate stopwatch;(look at X;)+deactivate stopwatch;(examine stopwatch;)?"),

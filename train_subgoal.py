@@ -61,8 +61,8 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: no other comes after it; none of the two steps before had it; or one had. See `kind_of`.
-KINDS = ("last", "new", "again")
+# Of an example's answer: no other comes after it; none of the two steps before had it; one had; both. See `kind_of`.
+KINDS = ("last", "new", "next", "again")
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -521,8 +521,8 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 
 def kind_of(said: list[str], i: int, told: bool = False) -> str:
     """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
-    if said[i] in said[max(0, i - 2) : i]:
-        return "again"
+    if before := said[max(0, i - 2) : i].count(said[i]):
+        return "again" if before == 2 else "next"
     return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
@@ -573,11 +573,12 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. At least a third of them are what an episode
-    ends with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
-    learn. At least another third are new answers: students then go on to the next thing sooner than experts, and gain
-    by it, as with the experts' shares they wait until the moves are over. The order follows from seed and epoch alone.
-    `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. At least a quarter are what an episode ends
+    with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
+    learn. At least a quarter are new answers: students then go on to the next thing sooner than experts, and gain by
+    it, as with the experts' shares they wait until the moves are over. And at least a quarter are such an answer's
+    first repetition, that what has just begun is not left. The order follows from seed and epoch alone. `kinds` are
+    those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
@@ -592,8 +593,8 @@ class Order:
                 places = np.flatnonzero((tasks == task) & (kinds == kind))
                 share = len(places)
                 if per_task:
-                    wanted = left if kind == "again" else max(per_task // 3, round(per_task * share / all_of_it))
-                    share = min(REPEATED * share, wanted, left)
+                    least = left if kind == "again" else per_task // len(KINDS)
+                    share = min(REPEATED * share, max(least, round(per_task * share / all_of_it)), left)
                     left -= share
                 self.shares += [(places, share)] * (share > 0)
         self.size = sum(share for _, share in self.shares)
@@ -744,8 +745,8 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch, a third of them what episodes end with, and a third new answers: a "
-        "long task gives no more, those of a short one come again (default: all)"})
+        "help": "examples of each task in an epoch, a quarter of each of KINDS: a long task gives no more, those of a "
+        "short one come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
     template: str | None = field(default=None, metadata={
