@@ -61,9 +61,8 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: no other comes after it; none of the two steps before had it; a step of the two before, or of
-# the two after it has another; none has. See `kind_of`.
-KINDS = ("last", "new", "near", "again")
+# Of an example's answer: no other comes after it; none of the two steps before had it; one had; both. See `kind_of`.
+KINDS = ("last", "new", "next", "again")
 REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -522,9 +521,8 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 
 def kind_of(said: list[str], i: int, told: bool = False) -> str:
     """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
-    start = max(0, i - 2)
-    if said[i] in said[start:i]:
-        return "again" if set(said[start : i + 3]) == {said[i]} else "near"
+    if before := said[max(0, i - 2) : i].count(said[i]):
+        return "again" if before == 2 else "next"
     return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
@@ -578,9 +576,9 @@ class Order:
     those of a short one up to REPEATED times, each time with other names. At least a quarter are what an episode ends
     with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
     learn. At least a quarter are new answers: students then go on to the next thing sooner than experts, and gain by
-    it, as with the experts' shares they wait until the moves are over. And at least a quarter repeat an answer near to
-    such a change, that they do not go on too soon. The order follows from seed and epoch alone. `kinds` are
-    those of `prepare`.
+    it, as with the experts' shares they wait until the moves are over. At least a quarter are such an answer's first
+    repetition, which is as rare: without, planners left a measurement that had just begun. The order follows from seed
+    and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),

@@ -308,7 +308,7 @@ def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and
     (100, 300, 100, (25, 30, 25, 20)), (2, 5, 5, (16, 25, 25, 34)), (20, 970, 5, (25, 75, 0, 0))])
 def test_of_a_tasks_share_each_kind_of_answer_is_a_quarter_or_more(last, new, later, shown):
     """As far as there are as many, REPEATED times those that there are; where there are more, as many as there are."""
-    kinds = ["last"] * last + ["new"] * new + ["near"] * later + ["again"] * (1000 - last - new - later)
+    kinds = ["last"] * last + ["new"] * new + ["next"] * later + ["again"] * (1000 - last - new - later)
     order = Order(np.full(1000, 9), 4, 0, [("measure", kind) for kind in kinds], per_task=100)
     counts = Counter(kinds[example] for _, example in order)
     assert tuple(counts[kind] for kind in KINDS) == shown
@@ -317,7 +317,7 @@ def test_of_a_tasks_share_each_kind_of_answer_is_a_quarter_or_more(last, new, la
 def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_just_said():
     said = ["find(egg)"] + ["measure(egg)"] * 6 + ["find(egg)", "find(egg)", "move(egg, box)", "move(egg, box)"]
     kinds = " ".join(kind_of(said, i) for i in range(len(said)))
-    assert kinds == "new new near again again near near new near last near"
+    assert kinds == "new new next again again again again new next last next"
 
 
 def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(data):
