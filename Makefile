@@ -15,7 +15,7 @@ PYTHON ?= python3
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 # TASKS           what is learned and played: names, ids, topics, all
-# TRAIN_SETS      what is trained on: TASKS or TASKS:N for the first N variations of each, several with blanks between
+# TRAIN_SETS      what is trained on: TASKS or TASKS:N for N variations of each, spread over all; several with blanks between
 # DEV_VARIATIONS  dev variations of each task that students are tested on
 # ANNOTATOR       rules, examples, llm, or propagated: an LLM is asked for one trajectory of each task, which the others
 #                 follow. LLM is its name, ANNOTATE_FLAGS are more flags, such as --base-url URL or --max-cost 5

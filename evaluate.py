@@ -811,7 +811,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; with commas")
     add("--split", choices=SPLITS, default="test", help="whose variations (default: test)")
-    add("--variations", type=positive, default=10, metavar="N", help="the first N of each task (default: 10)")
+    add("--variations", type=positive, default=10, metavar="N", help="of each task the first N, of train N spread "
+        "over all (default: 10)")
     add("--subgoals", choices=AGENTS, default="model", help="model: the planner's; none: for an executor trained with "
         "--flat; random: any of --data, drawn every 10 steps; semi-random: the planner's function with another object "
         "or room of --data; oracle: those of --data's expert for the very variation played, an upper bound (default: "

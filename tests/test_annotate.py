@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from itertools import repeat
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
 import annotate
 from annotate import (
     EPISODE_FIELDS, EXAMPLES, STEP_FIELDS, EpisodeFile, JsonLines, Simulator, agreement, annotate_by_examples,
-    annotate_by_rules, collect_all, labels_of, read_episodes, resolve_tasks
+    annotate_by_rules, collect_all, labels_of, read_episodes, resolve_tasks, split_variations
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
@@ -112,6 +113,14 @@ def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be
     assert "no task 'boyl'; the nearest are boil," in refused.stderr and not list(tmp_path.iterdir())
 
 
+def test_some_train_variations_are_spread_over_all_and_those_of_test_are_the_first():
+    with closing(Simulator()) as simulator:
+        taken = {(split, limit): [variation for _, variation in split_variations(simulator, ["boil"], split, limit)]
+                 for split in ("train", "test") for limit in (4, 99, None)}
+    assert taken["train", 4] == [0, 3, 7, 10] and taken["train", 99] == taken["train", None] == list(range(14))
+    assert taken["test", 4] == taken["test", None][:4] and taken["test", 99] == taken["test", None]
+
+
 def test_of_what_an_agent_has_played_the_lowest_solved_variations_can_be_kept_for_training(data, tmp_path):
     ordered = sorted(read_episodes(data), key=lambda episode: episode["variation"])
     episodes = [{**episode, "score": 100 - episode["variation"] % 3} for episode in ordered]
@@ -201,7 +210,7 @@ def test_after_kill_9_the_same_command_finishes_without_a_line_twice(tmp_path):
     kept = path.read_bytes()
     run("annotate.py", *flags)
     assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    assert sorted(episode["variation"] for episode in read_episodes(path)) == list(range(12))
+    assert sorted(episode["variation"] for episode in read_episodes(path)) == [i * 62 // 12 for i in range(12)]
 
 
 def test_a_jvm_that_is_killed_while_collecting_costs_nothing_and_ctrl_c_leaves_none_behind(tmp_path):
