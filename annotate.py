@@ -1097,7 +1097,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", default="all", help="names, ids such as 1-1, topics such as 4, or all; all,-freeze is all but one")
     add("--split", choices=SPLITS, default="train", help="whose variations (default: train)")
-    add("--variations", type=positive, metavar="N", help="only N of each task: of train spread over all, else the first "
+    add("--variations", type=positive, metavar="N", help="only N of each task: spread over train, else the first "
         "(default: all)")
     add("--input", metavar="FILE", help="annotate the trajectories of this file, without a simulator")
     add("--output", help="the JSONL file to write; an unfinished one is gone on with")
