@@ -251,6 +251,13 @@ def test_a_word_that_the_task_shares_with_an_object_is_renamed_in_task_look_and_
     assert "turtle" not in name and text == f"task: focus on the life stages of the {name} | sees: {name} egg"
 
 
+def test_a_subgoals_function_keeps_its_name_where_an_object_has_the_same():
+    text, answer = renamed("task: grow a plant | now: plant(pea plant)", "plant(plant)", {"plant": 1}, ["wire"],
+                           random.Random(0), 1)
+    name = answer.removeprefix("plant(").removesuffix(")")
+    assert "plant" not in name and text == f"task: grow a {name} | now: plant(pea {name})"
+
+
 def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
     texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
