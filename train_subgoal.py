@@ -268,17 +268,19 @@ def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTraine
 
     Brackets, commas and stops are set apart by spaces before the split, and letters are small: the lead of `find(lead)`
     and of `Your task is to boil lead.`, the B of a look and the b of an action are one and the same token, which a
-    small model can copy. Decoding joins brackets and commas again; stops no sub-goal and no action has.
+    small model can copy. Decoding joins brackets and commas again; stops no sub-goal and no action has. A bracket after
+    a space, as in `focus on book (the origin of species)`, is another token than a function's.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    apart = [normalizers.Replace(mark, f" {mark} ") for mark in "(),."]
+    apart = [normalizers.Replace(*pair) for pair in [(" (", " [ "), *((mark, f" {mark} ") for mark in "(),.")]]
     tokenizer.normalizer = normalizers.Sequence(
         [*apart, normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
-    together = [decoders.Replace(*pair) for pair in [(" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", ")]]
+    pairs = [(" [ ", " ("), (" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", ")]
+    together = [decoders.Replace(*pair) for pair in pairs]
     tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), *together])
     tokenizer.train_from_iterator(texts + 2 * words, trainers.BpeTrainer(
         vocab_size=VOCABULARY, min_frequency=2, show_progress=False, special_tokens=["<pad>", "</s>", "<unk>"],

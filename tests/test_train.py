@@ -162,8 +162,9 @@ def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_ta
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(students["subgoal"])
-    for text in {step[field] for episode in experts for _, step in trained_states(episode)
-                 for field in ("subgoal", "action")}:
+    said = {step[field] for episode in experts for _, step in trained_states(episode)
+            for field in ("subgoal", "action")}
+    for text in {"focus on book (on the origin of species)", "focus_on(book (on the origin of species))", *said}:
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     assert all("▁kitchen" in tokenizer.tokenize(text) for text in (
         "navigate_to(kitchen)", "go to kitchen", "found in the kitchen.", "Kitchen, hall")), "to be copied, one token"
