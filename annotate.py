@@ -221,8 +221,8 @@ def split_variations(simulator: Simulator, tasks: list[str], split: str, limit: 
         with simulator.watched():
             variations = game.variations(task, split)
         count = min(limit or len(variations), len(variations))
-        evenly = [variations[i * len(variations) // count] for i in range(count)]
-        pairs += [(task, variation) for variation in (evenly if split == "train" else variations[:count])]
+        span = len(variations) if split == "train" else count
+        pairs += [(task, variations[i * span // count]) for i in range(count)]
     return pairs
 
 

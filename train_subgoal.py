@@ -255,7 +255,7 @@ def renamed(
 
 @cache
 def whole(name: str) -> re.Pattern:
-    """Finds a name, in small letters or capitals, where it is no part of a longer word, and no function."""
+    """Finds a name, in small letters or capitals, that is neither part of a longer word nor a sub-goal's function."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?![\w(])", re.IGNORECASE)
 
 
@@ -269,7 +269,7 @@ def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTraine
     Brackets, commas and stops are set apart by spaces before the split, and letters are small: the lead of `find(lead)`
     and of `Your task is to boil lead.`, the B of a look and the b of an action are one and the same token, which a
     small model can copy. Decoding joins brackets and commas again; stops no sub-goal and no action has. A bracket after
-    a space, as in `focus on book (the origin of species)`, is another token than a function's.
+    a space, as in `focus on book (the origin of species)`, is another token than a function's: `[`, which no text has.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
