@@ -176,17 +176,24 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
 
 
 def test_merged_adapters_answer_as_unmerged_ones(folders, texts):
+    """Told by the likelihood of each token: beams of a random model differ by so little that rounding reorders them."""
     import torch
 
+    def likelihoods(model):
+        with torch.inference_mode():
+            return torch.cat([model(torch.tensor([row])).logits[0].log_softmax(-1) for row in questions])
+
+    torch.manual_seed(0)
     model, tokenizer, about = loaded(folders["llama"])
+    questions = train_subgoal.question_tokens(tokenizer, [text for text, _ in texts[:6]], about)
+    plain = likelihoods(model)
     model = train_subgoal.with_adapters(model, 4).eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
-    questions = [text for text, _ in texts[:6]]
-    before = answers(model, tokenizer, questions, about, beams=2)
-    assert before == answers(model.merge_and_unload(), tokenizer, questions, about, beams=2)
-    assert before != answers(loaded(folders["llama"])[0], tokenizer, questions, about, beams=2)
+    adapted = likelihoods(model)
+    torch.testing.assert_close(likelihoods(model.merge_and_unload()), adapted, rtol=0, atol=0.01)
+    assert (plain - adapted).abs().max() > 0.1
 
 
 def test_a_killed_training_by_adapters_goes_on_to_the_same_weights(tmp_path, folders, data):
