@@ -39,7 +39,7 @@ def action_examples(episode: Episode, flat: bool = False) -> Iterator[tuple[dict
 
 
 def main():
-    paper, scratch = dict(learning_rate=1e-4, num_train_epochs=30), dict(num_train_epochs=8, rename=0.5)
+    paper, scratch = dict(learning_rate=1e-4, num_train_epochs=30), dict(num_train_epochs=8)
     options, training = parse_flags("action", ActionOptions, __doc__, paper, scratch)
     fine_tune("action", options, training, lambda episode: action_examples(episode, options.flat), flat=options.flat)
 

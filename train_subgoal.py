@@ -71,7 +71,7 @@ ABOUT = "student.json"  # what makes a folder a student's: written last, read fi
 # rate of 1e-3 a planner of 30 tasks is ahead for 2,000 updates (loss on train 0.29, not 0.39), but not after 13,000.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
-               learning_rate=4e-4, adam_beta2=0.98, max_source_length=512,
+               learning_rate=4e-4, adam_beta2=0.98, max_source_length=512, rename=0.3,
                load_best_model_at_end=False)  # the last answers best, though its loss is not the lowest
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
@@ -746,8 +746,7 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3 of "
-        "the planner, 0.5 of action generators)"})
+        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
         "help": "examples of each task in an epoch, a quarter of each of KINDS: a long task gives no more, those of a "
         "short one come again (default: all)"})
@@ -791,7 +790,7 @@ def has_bf16() -> bool:
 
 
 def main():
-    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=10, rename=0.3)
+    paper, scratch = dict(learning_rate=4e-4, num_train_epochs=20), dict(num_train_epochs=10)
     options, training = parse_flags("subgoal", Options, __doc__, paper, scratch)
     fine_tune("subgoal", options, training, subgoal_examples)
 
