@@ -3,7 +3,7 @@
 #   make all                          the demo: everything from nothing to the result table
 #   make all PRESET=paper             the paper's run, for a GPU; GPUS=8 shares it by eight
 #   make all PRESET=modern            … with a small decoder of today, Qwen3-0.6B
-#   make all PRESET=scratch           all 30 tasks without pretrained weights
+#   make all PRESET=scratch           all 30 tasks without pretrained weights, by larger models where there is a GPU
 #   make all TASKS=1-1,1-2 MODEL=small RUN=runs/mine
 #   make all V=1                      shows the commands, too
 #
@@ -60,10 +60,10 @@ else ifeq ($(PRESET),scratch)
   TRAIN_SETS     ?= $(THINNED)
   DEV_VARIATIONS ?= 3
   ANNOTATOR      ?= rules
-  MODEL          ?= tiny
+  MODEL          ?= $(if $(shell command -v nvidia-smi),medium,small)
   SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 5
   ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
-  SIZES          ?= nano small
+  SIZES          ?= tiny
 else ifeq ($(PRESET),smoke)
   TASKS          ?= 4-2,7-1
   TRAIN_SETS     ?= $(TASKS):3

@@ -57,13 +57,14 @@ ALREADY = re.compile(r"The .* is already open\.")
 SIZES = {
     "nano": dict(d_model=64, d_kv=32, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
-    "small": dict(d_model=256, d_kv=32, num_heads=8, d_ff=1024, num_layers=3, num_decoder_layers=3),
+    "small": dict(d_model=192, d_kv=32, num_heads=6, d_ff=768, num_layers=2, num_decoder_layers=2),
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: no other comes after it; none of the two steps before had it; one had; both. See `kind_of`.
-KINDS = ("last", "new", "next", "again")
-REPEATED = 8  # times that an example of a short task is shown in an epoch, at most: see `Order`
+# Of an example's answer: no other comes after it; none of the two steps before had it; one had; both, and the next step
+# has another; both. See `kind_of`.
+KINDS = ("last", "new", "next", "before", "again")
+REPEATED = 40  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
 
@@ -150,7 +151,7 @@ COMPACT = [
     (r"\. The [\w ]+ door is closed\.", " closed"),
     (r" On the [\w ]+ is: nothing\.| In the [\w ]+ is: nothing\.| The [\w ]+ door is open\.", ""),
     (r" \(containing nothing\)|, which is (?:turned off|off|deactivated)", ""),
-    (r"currently reading a temperature of", ""),
+    (r", currently reading a temperature of \S+ degrees celsius", ""),  # the thermometer's own
     (r"(?:In|On) the ([\w ]+) is: ", ""),
     (r"\b(?:an?|A|substance called|containing) ", ""),
     (r"\s*\n\s*", " , "),
@@ -167,17 +168,17 @@ def compact(text: str) -> str:
 
 
 def compared(text: str) -> str:
-    """The text with what is measured as `more`, `less` or `equal`, beside the first in the text of the same unit.
+    """The text with what is measured as `above`, `below` or `equal`, beside the first in the text of the same unit.
 
-    That is the limit which the task sets, or what was measured before. From a few hundred measurements small models do
-    not learn to compare numbers, but the numbers by heart.
+    That is the limit which the task sets, in the same words, or what was measured before. From a few hundred
+    measurements small models do not learn to compare numbers, but the numbers by heart.
     """
     first = {}
 
     def word(measured: re.Match) -> str:
         value, unit = float(measured[1]), measured[2]
         limit = first.setdefault(unit, value)
-        return f"{'more' if value > limit else 'less' if value < limit else 'equal'} {unit}"
+        return f"{'above' if value > limit else 'below' if value < limit else 'equal'} {unit}"
 
     return MEASURE.sub(word, text)
 
@@ -266,20 +267,21 @@ def whole(name: str) -> re.Pattern:
 def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
-    Brackets, commas and stops are set apart by spaces before the split, and letters are small: the lead of `find(lead)`
+    Punctuation is set apart by spaces before the split, and letters are small: the lead of `find(lead)`
     and of `Your task is to boil lead.`, the B of a look and the b of an action are one and the same token, which a
-    small model can copy. Decoding joins brackets and commas again; stops no sub-goal and no action has. A bracket after
-    a space, as in `focus on book (the origin of species)`, is another token than a function's: `[`, which no text has.
+    small model can copy; so are the jam of `'jam sandwich'` and that of `cup containing jam`. Decoding joins all again
+    but stops, which no sub-goal and no action has. A bracket after a space, as in `focus on book (the origin of
+    species)`, is another token than a function's: `[`, which no text has.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    apart = [normalizers.Replace(*pair) for pair in [(" (", " [ "), *((mark, f" {mark} ") for mark in "(),.")]]
+    apart = [normalizers.Replace(*pair) for pair in [(" (", " [ "), *((mark, f" {mark} ") for mark in "(),.-'")]]
     tokenizer.normalizer = normalizers.Sequence(
         [*apart, normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
-    pairs = [(" [ ", " ("), (" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", ")]
+    pairs = [(" [ ", " ("), (" ( ", "("), ("( )", "()"), (" )", ")"), (" , ", ", "), (" - ", "-"), (" ' ", "'")]
     together = [decoders.Replace(*pair) for pair in pairs]
     tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), *together])
     tokenizer.train_from_iterator(texts + 2 * words, trainers.BpeTrainer(
@@ -525,7 +527,8 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 def kind_of(said: list[str], i: int, told: bool = False) -> str:
     """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
     if before := said[max(0, i - 2) : i].count(said[i]):
-        return "again" if before == 2 else "next"
+        changes = said[i + 1 : i + 2] != [said[i]]
+        return "next" if before == 1 else "before" if changes else "again"
     return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
@@ -555,7 +558,8 @@ class Examples:
     """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
     An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
-    a kill, and several processes, are given the examples that one is.
+    a kill, and several processes, are given the examples that one is. Where an example comes again in an epoch, as its
+    task has few, twice as many objects have another name: else their own would be learnt by heart.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -569,19 +573,20 @@ class Examples:
         showing, i = index
         text, answer, named, _ = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
+        share = self.rename * (2 if showing % REPEATED else 1)
+        return self.tokenise([renamed(text, answer, named, self.words, chance, share)])[0]
 
 
 class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. At least a quarter are what an episode ends
+    those of a short one up to REPEATED times, each time with other names. At least a fifth are what an episode ends
     with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
-    learn. At least a quarter are new answers: students then go on to the next thing sooner than experts, and gain by
-    it, as with the experts' shares they wait until the moves are over. At least a quarter are such an answer's first
-    repetition, which is as rare: without, planners left a measurement that had just begun. The order follows from seed
-    and epoch alone. `kinds` are those of `prepare`.
+    learn. At least a fifth are new answers: students then go on to the next thing sooner than experts, and gain by it,
+    as with the experts' shares they wait until the moves are over. At least a fifth are such an answer's first
+    repetition, and a fifth its last, which are as rare: without, planners left a measurement that had just begun, or
+    that had to be read once more. The order follows from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
@@ -748,7 +753,7 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch, a quarter of each of KINDS: a long task gives no more, those of a "
+        "help": "examples of each task in an epoch, a fifth of each of KINDS: a long task gives no more, those of a "
         "short one come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})
