@@ -267,11 +267,11 @@ def whole(name: str) -> re.Pattern:
 def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTrainedTokenizerFast":
     """A byte-pair tokenizer for a T5 from scratch: `words`, and others that are frequent, whole; digits one by one.
 
-    Punctuation is set apart by spaces before the split, and letters are small: the lead of `find(lead)`
-    and of `Your task is to boil lead.`, the B of a look and the b of an action are one and the same token, which a
-    small model can copy; so are the jam of `'jam sandwich'` and that of `cup containing jam`. Decoding joins all again
-    but stops, which no sub-goal and no action has. A bracket after a space, as in `focus on book (the origin of
-    species)`, is another token than a function's: `[`, which no text has.
+    Punctuation is set apart by spaces before the split, and letters are small: the lead of `find(lead)` and of `Your
+    task is to boil lead.`, the jam of `'jam sandwich'` and of `cup containing jam`, the B of a look and the b of an
+    action are one and the same token, which a small model can copy. Decoding joins all again but stops, which no
+    sub-goal and no action has. A bracket after a space, as in `focus on book (the origin of species)`, is another token
+    than a function's: `[`, which no text has.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
