@@ -355,12 +355,11 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
 def wordings(action: str, state: dict) -> Iterator[str]:
     """An action; then, if that is refused, with its objects' words in the order in which look or inventory have them.
 
-    Experts say `egg turtle` and `baby baby wolf` of what a look calls turtle egg and baby wolf. Not every egg answers
-    to both.
+    Experts say `egg turtle` of what a look calls turtle egg. Not every egg answers to both.
     """
     yield action
     for name in parse_action(action)[1]:
-        words = dict.fromkeys(name.split())
+        words = name.split()
         orders = map(" ".join, permutations(words)) if len(words) <= 4 else ()
         seen = (order for order in orders if any(whole(order).search(text) for text in state.values()))
         action = action.replace(name, next(seen, name))

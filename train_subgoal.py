@@ -126,9 +126,13 @@ def trained_states(episode: Episode) -> Iterator[tuple[dict, Step]]:
     """(state, step taken in it) of an expert's steps, without those that are left out: see UNTRAINED and ALREADY.
 
     What a student is to say is in small letters, as most of the expert's actions are: `focus on unknown substance b`.
-    The simulator takes them for any, and students need not learn when to write which.
+    The simulator takes them for any, and students need not learn when to write which. Nor need they stammer as experts
+    do, whose `baby baby wolf` is the baby wolf of the look: the simulator answers to both.
     """
-    steps = [{**step, "subgoal": step["subgoal"].lower(), "action": step["action"].lower()}
+    def plain(text: str) -> str:
+        return re.sub(r"\b([a-z]+) \1\b", r"\1", text.lower())
+
+    steps = [{**step, "subgoal": plain(step["subgoal"]), "action": plain(step["action"])}
              for step in episode["steps"]
              if not UNTRAINED.fullmatch(step["action"]) and not ALREADY.fullmatch(step["observation"])]
     for i, step in enumerate(steps):

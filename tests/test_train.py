@@ -95,19 +95,23 @@ def test_a_small_planner_remembers_what_it_has_measured_and_read():
     assert "did: drop recipe ; examine stopwatch ; below ticks" in shown
 
 
-def test_students_say_everything_in_small_letters_which_the_simulator_takes(experts):
-    step = {**experts[0]["steps"][0], "subgoal": "focus_on(substance B)", "action": "Focus on B",
+def test_students_say_everything_in_small_letters_and_once_which_the_simulator_takes(experts):
+    step = {**experts[0]["steps"][0], "subgoal": "focus_on(baby baby B)", "action": "Focus on baby baby B",
             "observation": ""}
     episode = {**experts[0], "steps": [step]}
-    assert [answer for _, answer in subgoal_examples(episode)] == ["focus_on(substance b)"]
+    assert [answer for _, answer in subgoal_examples(episode)] == ["focus_on(baby b)"]
     assert [(state["subgoal"], answer) for state, answer in action_examples(episode)] == [
-        ("focus_on(substance b)", "focus on b")]
+        ("focus_on(baby b)", "focus on baby b")]
     with closing(Simulator()) as simulator, simulator.watched():
         game = simulator.game()
         game.load("test-conductivity-of-unknown-substances", 0)
         [name] = set(re.findall("unknown substance [A-Z]", game.server.getTaskDescription()))
         game.step("teleport to " + re.search("around the ([a-z ]+)", game.server.getTaskDescription())[1])
         assert game.step(f"pick up {name.lower()}")[0] == f"You move the {name} to the inventory."
+        game.load("lifespan-longest-lived", 0)
+        game.step("teleport to outside")
+        assert "a baby brown bear" in game.state()["look"]
+        assert game.step("focus on baby brown bear")[0] == "You focus on the baby brown bear."
 
 
 def test_what_has_no_subgoals_is_neither_learned_from_nor_played_by(tmp_path, experts, students):
