@@ -234,18 +234,17 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
-def renamed(
-    text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
-) -> tuple[str, str]:
-    """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
+def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random,
+            share: float, told: float) -> tuple[str, str]:
+    """The example with other names for a share of its objects, and of those that the task names for the share `told`.
 
-    Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
-    episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
-    to be said.
+    A name is one to three words, some with a letter or a digit. Some of the words are two in one, as the simulator's
+    `greenpaint`, and have to be spelled. `named` is of the episode's answers: were only the objects of this one
+    renamed, a student would learn that a strange name is what is to be said.
     """
     new = {}
     for name, least in named.items():
-        if chance.random() < share and len(whole(name).findall(text)) >= least:
+        if chance.random() < (told if least == 1 else share) and len(whole(name).findall(text)) >= least:
             made = chance.choices(words, k=chance.randint(1, 3))
             if chance.random() < 0.2:
                 made[-1] += chance.choice(words)
@@ -320,7 +319,7 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     bias = first.relative_attention_bias.weight.data  # (distance, head)
     bias[1, 0] = 10  # the token before
     bias[17:22, 1] = 5  # the next five
-    bias[2:10, 2] = 5  # those from the second to the fifteenth before
+    bias[5:9, 2] = 5  # those from the fifth to the eleventh before
     bias[0, 3] = -3  # rather any other place than its own
     read = orthogonal_(torch.empty(width, model.config.d_model))
     *notes, rest = orthogonal_(torch.empty(model.config.d_model, 4 * width)).chunk(4, dim=1)  # apart from each other
@@ -563,7 +562,7 @@ class Examples:
 
     An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
     a kill, and several processes, are given the examples that one is. Where an example comes again in an epoch, as its
-    task has few, twice as many objects have another name: else their own would be learnt by heart.
+    task has few, what the task names has another name twice as often: else its own would be learnt by heart.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -577,8 +576,8 @@ class Examples:
         showing, i = index
         text, answer, named, _ = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        share = self.rename * (2 if showing % REPEATED else 1)
-        return self.tokenise([renamed(text, answer, named, self.words, chance, share)])[0]
+        told = self.rename * (2 if showing % REPEATED else 1)
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename, told)])[0]
 
 
 class Order:
