@@ -92,7 +92,7 @@ def test_a_small_planner_remembers_what_it_has_measured_and_read():
     assert list(state["results"]) == ["time(plane a)", "read(recipe)"], "of what is finished, and was done to know it"
     shown = render(template("subgoal_compact"), state)
     assert "done: time(plane a) with The time reads equal ticks ; read(recipe) with To make" in shown
-    assert "did: drop recipe ; examine stopwatch ; below ticks" in shown
+    assert "did: drop recipe ; examine stopwatch ; less ticks" in shown
 
 
 def test_students_say_everything_in_small_letters_and_once_which_the_simulator_takes(experts):
@@ -154,11 +154,11 @@ def test_the_compact_wording_keeps_every_door_and_thing():
     assert len(words) < len(look) / 2
 
 
-def test_the_compact_wording_says_whether_a_measurement_is_above_or_below_the_tasks_limit():
+def test_the_compact_wording_says_whether_a_measurement_is_more_or_less_than_the_tasks_limit():
     text = "above 50.0 degrees, if below 50.0 degrees | 9 ticks | -3 degrees | flower pot 60 | 12 ticks | 116 degrees"
     assert compared(text) == (
-        "above equal degrees, if below equal degrees | equal ticks | below degrees | flower pot 60 | above ticks | "
-        "above degrees")
+        "above equal degrees, if below equal degrees | equal ticks | less degrees | flower pot 60 | more ticks | "
+        "more degrees")
 
 
 def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_tasks_that_it_has_not_seen(
