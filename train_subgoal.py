@@ -175,8 +175,7 @@ def compared(text: str) -> str:
     """The text with what is measured as `more`, `less` or `equal`, beside the first in the text of the same unit.
 
     That is the limit which the task sets, or what was measured before. From a few hundred measurements small models do
-    not learn to compare numbers, but the numbers by heart. In the task's own words, `above` and `below`, they learn it
-    later: there both stand in each text (boxes of 2-1 chosen by planners of the demo: 63% right, not 86%).
+    not learn to compare numbers, but the numbers by heart.
     """
     first = {}
 
