@@ -234,17 +234,18 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
-def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random,
-            share: float, told: float) -> tuple[str, str]:
-    """The example with other names for a share of its objects, and of those that the task names for the share `told`.
+def renamed(
+    text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
+) -> tuple[str, str]:
+    """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    A name is one to three words, some with a letter or a digit. Some of the words are two in one, as the simulator's
-    `greenpaint`, and have to be spelled. `named` is of the episode's answers: were only the objects of this one
-    renamed, a student would learn that a strange name is what is to be said.
+    Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
+    episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
+    to be said.
     """
     new = {}
     for name, least in named.items():
-        if chance.random() < (told if least == 1 else share) and len(whole(name).findall(text)) >= least:
+        if chance.random() < share and len(whole(name).findall(text)) >= least:
             made = chance.choices(words, k=chance.randint(1, 3))
             if chance.random() < 0.2:
                 made[-1] += chance.choice(words)
@@ -319,7 +320,7 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     bias = first.relative_attention_bias.weight.data  # (distance, head)
     bias[1, 0] = 10  # the token before
     bias[17:22, 1] = 5  # the next five
-    bias[5:9, 2] = 5  # those from the fifth to the eleventh before
+    bias[2:10, 2] = 5  # those from the second to the fifteenth before
     bias[0, 3] = -3  # rather any other place than its own
     read = orthogonal_(torch.empty(width, model.config.d_model))
     *notes, rest = orthogonal_(torch.empty(model.config.d_model, 4 * width)).chunk(4, dim=1)  # apart from each other
@@ -529,9 +530,9 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 
 def kind_of(said: list[str], i: int, told: bool = False) -> str:
     """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
-    if before := said[max(0, i - 2) : i].count(said[i]):
+    if times := said[max(0, i - 2) : i].count(said[i]):
         changes = said[i + 1 : i + 2] != [said[i]]
-        return "next" if before == 1 else "before" if changes else "again"
+        return "next" if times == 1 else "before" if changes else "again"
     return "last" if set(said[i:]) == {said[i]} and not told else "new"
 
 
@@ -561,8 +562,7 @@ class Examples:
     """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
     An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
-    a kill, and several processes, are given the examples that one is. Where an example comes again in an epoch, as its
-    task has few, what the task names has another name twice as often: else its own would be learnt by heart.
+    a kill, and several processes, are given the examples that one is.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -576,8 +576,7 @@ class Examples:
         showing, i = index
         text, answer, named, _ = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        told = self.rename * (2 if showing % REPEATED else 1)
-        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename, told)])[0]
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
 
 
 class Order:

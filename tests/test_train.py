@@ -224,7 +224,7 @@ def test_every_word_of_the_simulators_objects_is_one_token(students):
 def test_renamed_objects_have_new_names_wherever_they_stand():
     text, answer = "subgoal: move(red box, table) | sees: red box , red boxes , table , table", "move red box to table"
     named = {"red box": 2, "table": 2}
-    seen = {renamed(text, answer, named, ["wire", "wood"], random.Random(seed), 0.5, 0.5) for seed in range(40)}
+    seen = {renamed(text, answer, named, ["wire", "wood"], random.Random(seed), 0.5) for seed in range(40)}
     assert len(seen) > 10
     for question, wanted in seen:
         box, table = wanted.removeprefix("move ").split(" to ")
@@ -236,7 +236,7 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
 def test_a_renamed_letter_is_renamed_as_a_capital_too():
     named = {"unknown substance b": 2}
     text, answer = renamed("focus: unknown substance b | sees: unknown substance B", "focus on unknown substance b",
-                           named, ["wire"], random.Random(0), 1, 1)
+                           named, ["wire"], random.Random(0), 1)
     name = answer.removeprefix("focus on ")
     assert "unknown" not in name and text == f"focus: {name} | sees: {name}"
 
@@ -245,38 +245,34 @@ def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
     text, answer = "task: boil egg | sees: stone", "find(egg)"
     for task, kept in (("boil the substance", True), ("boil egg", False)):
         named = named_in(task, [answer])
-        assert (renamed(text, answer, named, ["wire"], random.Random(0), 1, 1) == (text, answer)) == kept
+        assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
 
 
 def test_a_word_that_the_task_shares_with_an_object_is_renamed_in_task_look_and_answer():
     task, answer = "focus on the life stages of the turtle", "focus on egg turtle"
     named = named_in(task, [answer])
     assert named["turtle"] == 1 and "egg" not in named
-    text, answer = renamed(f"task: {task} | sees: turtle egg", answer, named, ["wire"], random.Random(0), 1, 1)
+    text, answer = renamed(f"task: {task} | sees: turtle egg", answer, named, ["wire"], random.Random(0), 1)
     name = answer.removeprefix("focus on egg ")
     assert "turtle" not in name and text == f"task: focus on the life stages of the {name} | sees: {name} egg"
 
 
 def test_a_subgoals_function_keeps_its_name_where_an_object_has_the_same():
     text, answer = renamed("task: grow a plant | now: plant(pea plant)", "plant(plant)", {"plant": 1}, ["wire"],
-                           random.Random(0), 1, 1)
+                           random.Random(0), 1)
     name = answer.removeprefix("plant(").removesuffix(")")
     assert "plant" not in name and text == f"task: grow a {name} | now: plant(pea {name})"
 
 
-def test_names_change_from_epoch_to_epoch_and_follow_from_the_seed_alone():
-    texts = [("do: egg | sees: egg , cup , cup", "move egg to cup", {"egg": 1, "cup": 2}, "eggs")] * 50
+def test_names_change_from_showing_to_showing_and_follow_from_the_seed_alone():
+    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
     def shown(showing: int, seed: int = 0) -> list[str]:
         examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
         return [examples[showing, i]["input_ids"][1] for i in range(50)]
 
-    def kept(name: str, showing: int) -> int:
-        return sum(name in answer.split() for answer in shown(showing))
-
-    assert shown(0) == shown(0) and shown(0) != shown(REPEATED) and shown(0) != shown(0, seed=1)
-    assert 10 < kept("egg", 0) < 40 and 10 < kept("cup", 0) < 40
-    assert kept("egg", 1) == 0 and 10 < kept("cup", 1) < 40, "again in an epoch: what the task names, twice as often"
+    assert shown(0) == shown(0) and shown(0) != shown(1) and shown(0) != shown(0, seed=1)
+    assert 10 < shown(0).count("pick up egg") < 40
 
 
 # ---- The order of examples -------------------------------------------------------------------------------------------
