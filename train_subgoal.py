@@ -16,7 +16,6 @@ given again. Stage 3 trains the action generator with the functions of this file
 """
 
 import argparse
-import inspect
 import io
 import json
 import os
@@ -85,9 +84,7 @@ ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", sa
 
 
 def state_of(description: str, steps: list[Step], look: str, inventory: str) -> dict:
-    """All that a template can show of the state after `steps`: the paper's fields.
-
-    The same function serves training, on a prefix of an expert's steps, and acting, on the agent's own steps.
+    """All that a template can show of the state after `steps`, an expert's or the agent's own: the paper's fields.
 
     description  the task                          completed  sub-goals finished so far, oldest first
     step         number of the step to take, 1 …   subgoal    the sub-goal of the step before, or None
@@ -99,10 +96,8 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
     """
     pursued = [(name, list(group)) for name, group in groupby(steps, key=itemgetter("subgoal"))]
     scores = [0] + [step["score"] for step in steps]
-    history = [
-        {"action": step["action"], "observation": step["observation"], "reward": after - before}
-        for step, before, after in zip(steps, scores, scores[1:], strict=False)
-    ]
+    history = [{"action": step["action"], "observation": step["observation"], "reward": after - before}
+               for step, before, after in zip(steps, scores, scores[1:], strict=False)]
     rooms = [room_of(step["look"]) for step in steps] + [room_of(look)]
     return {
         "description": description,
@@ -187,16 +182,13 @@ def compared(text: str) -> str:
     return MEASURE.sub(word, text)
 
 
-@cache
-def compiled(template: str) -> jinja2.Template:
-    """A template, which fails on a field that does not exist."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"compact": cache(compact), "compared": compared}
-    return environment.from_string(template)
+ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.filters |= {"compact": cache(compact), "compared": compared}
+compiled = cache(ENVIRONMENT.from_string)
 
 
 def render(template: str, state: dict) -> str:
-    """What a student is shown of a state: the template's text, in one line."""
+    """What a student is shown of a state: the template's text, in one line. A field that does not exist is an error."""
     return " ".join(compiled(template).render(state).split())
 
 
@@ -207,8 +199,7 @@ def render(template: str, state: dict) -> str:
 
 def simulator_words() -> set[str]:
     """The words of the simulator's own object types: of `…misc.ForkMetal`, fork and metal."""
-    types = Path(scienceworld.__file__).with_name("object_type_ids.tsv").read_text().splitlines()
-    names = (line.partition("\t")[0].rpartition(".")[2] for line in types)
+    names = re.findall(r"(\w+)\t", Path(scienceworld.__file__).with_name("object_type_ids.tsv").read_text())
     return {word.lower() for name in names for word in re.findall("[A-Z][a-z]*", name)}
 
 
@@ -234,9 +225,8 @@ def named_in(description: str, answers: Iterable[str]) -> dict[str, int]:
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
-def renamed(
-    text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random, share: float
-) -> tuple[str, str]:
+def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random,
+            share: float) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
@@ -324,10 +314,9 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     bias[0, 3] = -3  # rather any other place than its own
     read = orthogonal_(torch.empty(width, model.config.d_model))
     *notes, rest = orthogonal_(torch.empty(model.config.d_model, 4 * width)).chunk(4, dim=1)  # apart from each other
-    for head, note in enumerate(notes):
-        rows = slice(head * width, (head + 1) * width)
-        first.q.weight.data[rows] *= 0.1  # so that it looks there whatever the tokens
-        first.v.weight.data[rows], first.o.weight.data[:, rows] = read, note
+    rows = slice(3 * width)
+    first.q.weight.data[rows] *= 0.1  # so that these heads look there whatever the tokens
+    first.v.weight.data[rows], first.o.weight.data[:, rows] = read.repeat(3, 1), torch.cat(notes, dim=1)
     second, rows = model.encoder.block[1].layer[0].SelfAttention, slice(3 * width, 4 * width)
     second.q.weight.data[rows] = second.k.weight.data[rows] = 1.2 * rest.T  # a token apart from its notes
     second.v.weight.data[rows], second.o.weight.data[:, rows] = notes[2].T, rest
@@ -353,8 +342,6 @@ def model_class(name: str):
 
     Ends the program if it is neither, or not to be had; loads no weights.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ
-
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         fail(f"{name} is not a model folder (it has no config.json). Name another --model.")
     try:
@@ -362,7 +349,7 @@ def model_class(name: str):
     except (OSError, ValueError):
         fail(f"the model {name} is neither a folder here nor can it be downloaded. Check its name and the network, or "
              f"build one from scratch with --model {'|'.join(SIZES)}.")
-    if config.is_encoder_decoder and config.model_type in SEQ2SEQ:
+    if config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForSeq2SeqLM
     if not config.is_encoder_decoder and str(config.architectures).endswith(("ForCausalLM']", "LMHeadModel']")):
         return transformers.AutoModelForCausalLM
@@ -375,9 +362,7 @@ def frame_of(tokenizer, decoder: bool) -> list[list[int]]:
 
     For a decoder alone its chat template says so, if it has one: the first token after the answer ends the turn.
     """
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
+    ids = partial(tokenizer.encode, add_special_tokens=False)
     if decoder and tokenizer.chat_template:
         chat = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
         asked, answered = (tokenizer.apply_chat_template(
@@ -412,20 +397,17 @@ def examples_of(tokenizer, texts: list[tuple], about: dict, decoder: bool) -> li
 
 def answers(model, tokenizer, texts: list[str], about: dict, beams: int, best: int = 1) -> list[list[str]]:
     """The `best` likeliest answers to every text, by beam search. Texts of a length share a batch of `BATCH`."""
-    import torch
-
     inputs = question_tokens(tokenizer, texts, about)
     order = sorted(range(len(texts)), key=lambda i: len(inputs[i]))
     result = [[]] * len(texts)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         padded = tokenizer.pad({"input_ids": [inputs[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(
-                **padded.to(model.device), num_beams=beams, num_return_sequences=best, do_sample=False,
-                early_stopping=False, length_penalty=float(beams == 1),  # 0: no bonus for length
-                max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
-                pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(
+            **padded.to(model.device), num_beams=beams, num_return_sequences=best, do_sample=False,
+            early_stopping=False, length_penalty=float(beams == 1),  # 0: no bonus for length
+            max_new_tokens=about["max_target_length"], eos_token_id=about["frame"][2],
+            pad_token_id=tokenizer.pad_token_id)
         if not model.config.is_encoder_decoder:
             output = output[:, padded["input_ids"].shape[1] :]
         decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -473,7 +455,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     if options.lora:
         model = with_adapters(model, options.lora)
     trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]), options.per_task)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.train(resume_from_checkpoint=resume)
     if options.lora:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(training.output_dir)
         tokenizer.save_pretrained(training.output_dir)
@@ -485,14 +467,12 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
 
 def model_and_tokenizer(options: "Options", examples: list[tuple], words: list[str]) -> tuple:
     """A model from scratch, with a tokenizer of the examples' texts; or a pretrained one, with its own."""
-    import torch
-
     if options.model in SIZES:
         tokenizer = new_tokenizer([text for example in examples for text in example[:2]], words)
         return new_model(options.model, len(tokenizer)), tokenizer
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dtype = torch.bfloat16 if options.lora and has_bf16() else torch.float32  # what is trained is always fp32
+    dtype = "bfloat16" if options.lora and has_bf16() else "float32"  # what is trained is always fp32
     return model_class(options.model).from_pretrained(options.model, dtype=dtype), tokenizer
 
 
@@ -522,9 +502,8 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, tasks={task: float(moves) for task, moves in lengths.items()},
-        teacher=teacher_of(taught), max_source_length=options.max_source_length,
-        max_target_length=options.max_target_length, template=template)
+        role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
+        max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 
 
@@ -583,12 +562,11 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. At least a fifth are what an episode ends
-    with: into which box, after 25 steps of measuring, is said once, decides all, and takes thousands of updates to
-    learn. At least a fifth are new answers: students then go on to the next thing sooner than experts, and gain by it,
-    as with the experts' shares they wait until the moves are over. At least a fifth are such an answer's first
-    repetition, and a fifth its last, which are as rare: without, planners left a measurement that had just begun, or
-    that had to be read once more. The order follows from seed and epoch alone. `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. Of each of KINDS but `again` it takes at
+    least a fifth. What an episode ends with (into which box, after 25 steps of measuring) is said once, decides all and
+    takes thousands of updates to learn. Without more new answers than experts give, students wait until the moves are
+    over; without more first and last repetitions, planners left a measurement that had just begun, or that had to be
+    read once more. The order follows from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
@@ -638,19 +616,16 @@ def token_loss(outputs, labels, num_items_in_batch=None):
     return loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def make_trainer(
-    model, tokenizer, training, train: Examples, dev: list[dict], per_task: int | None
-) -> "transformers.Trainer":
+def make_trainer(model, tokenizer, training, train: Examples, dev: list[dict],
+                 per_task: int | None) -> "transformers.Trainer":
     """Hugging Face's Trainer, with our loss, our order of the examples, and a line where it would print a record."""
     import torch
-    from torch.utils.data import DataLoader
 
     update = training.per_device_train_batch_size * training.gradient_accumulation_steps
     order = Order(train.lengths, update, training.seed, [kind for *_, kind in train.texts], per_task)
     # Multiples of 8: GPUs compute with them faster, and on a CPU each new length keeps memory for good.
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8)
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
-    chooses = not bare.config.is_encoder_decoder and "logits_to_keep" in inspect.signature(bare.forward).parameters
+    chooses = not model.config.is_encoder_decoder and model._supports_logits_to_keep()
 
     def collate(examples: list[dict]) -> dict:
         """A batch, of whose places a decoder computes logits at those alone that have a label, and at the one before.
@@ -668,7 +643,7 @@ def make_trainer(
     trainer = transformers.Trainer(
         model=model, args=training, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
         data_collator=collate, compute_loss_func=token_loss)
-    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(DataLoader(
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(torch.utils.data.DataLoader(
         train, batch_size=training.per_device_train_batch_size, sampler=order, collate_fn=collate,
         num_workers=training.dataloader_num_workers, pin_memory=training.dataloader_pin_memory))
     trainer.remove_callback(transformers.PrinterCallback)
@@ -732,14 +707,13 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
             "rename": options.rename, "per_task": options.per_task, "lora": options.lora, **settings}
 
 
-def last_checkpoint(output: Path, command: dict) -> Path | None:
+def last_checkpoint(output: Path, command: dict) -> str | None:
     """The newest whole checkpoint, to go on from; ends the program if the folder is another command's."""
     claim(output / "command.json", command, output)
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    whole = [folder for folder in checkpoints if (folder / "trainer_state.json").exists()]  # what is written last
-    for folder in set(checkpoints) - set(whole):
-        shutil.rmtree(folder)
-    return whole[-1] if whole else None
+    for folder in output.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").exists():  # what is written last
+            shutil.rmtree(folder)
+    return transformers.trainer_utils.get_last_checkpoint(output)
 
 
 @dataclass
