@@ -28,10 +28,10 @@ import re
 import sys
 import tempfile
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from difflib import SequenceMatcher
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -142,11 +142,6 @@ class Simulator:
                 create_new_process_group=True,  # Ctrl-C is for us
                 cwd=tempfile.gettempdir())  # where the simulator leaves its object_type_ids.tsv
         return Game(self.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface())
-
-    @property
-    def pid(self) -> int | None:
-        """The JVM's process id; None before the first use and after a death."""
-        return self.gateway and self.gateway.java_process.pid
 
     def kill(self):
         if self.gateway:
@@ -383,7 +378,6 @@ def room_of(look: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # One trajectory's segmentation carried over to another variation of its task: its sub-goals are the same.
 
-
 VERB = re.compile(r"((?:open|close) door to|go to|pick up|put down|focus on|look (?:around|at|in)|[a-z]+)\d* ?(.*)")
 JOINTS = {"move": " to ", "connect": " to ", "pour": " into | in ", "use": " on "}
 
@@ -537,10 +531,6 @@ class Teacher:
         self.undone: dict[tuple, str] = {}  # why a trajectory, by task and variation, has no answer
         self.read = Counter()  # answers of this run, by whether they could be read
         self.responses = JsonLines(beside(args.output, ".responses.jsonl"))
-        self.answers = defaultdict(list)  # what was asked, as a digest: the records of the responses
-        for record in self.responses.records:
-            self.answers[record["asked"]].append(record)
-        self.spent = sum(record["dollars"] or 0 for record in self.responses.records)
 
     def check(self):
         """End the program if there is no server, no such model, or a wrong key: before any work starts."""
@@ -555,19 +545,18 @@ class Teacher:
             fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
 
     def annotate(self, episode: Episode) -> Episode | None:
-        """The episode with the LLM's sub-goals; None if there is no answer. Only what was never answered is asked.
-
-        Answers are kept under what was asked: model, messages, form and temperature.
-        """
+        """The episode with the LLM's sub-goals, by a kept answer to the very same request or a new one, if any."""
         actions = actions_of(episode)
         form = {"name": "subgoals", "strict": True, "schema": schema_for(actions)}
         request = {"model": self.args.llm, "messages": messages_for(episode, self.examples),
                    "response_format": {"type": "json_schema", "json_schema": form}}
         if self.args.temperature is not None:
             request["temperature"] = self.args.temperature
-        known = self.answers[digest(request)]
+        asked = digest(request)
+        known = [record for record in self.responses.records if record["asked"] == asked]
         labels = next(filter(None, (read_response(record["response"], actions) for record in known)), None)
         if not labels and (record := self.ask(episode, request)):
+            known.append(record)
             labels = read_response(record["response"], actions)
             self.read[bool(labels)] += 1
             if not labels:
@@ -578,8 +567,9 @@ class Teacher:
 
     def ask(self, episode: Episode, request: dict) -> dict | None:
         """Put a question and the response on the disk; its record, or None without a response."""
-        if self.args.max_cost is not None and self.spent >= self.args.max_cost:
-            self.halted = (f"stopped at ${self.spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command "
+        spent = sum(record["dollars"] or 0 for record in self.responses.records)
+        if self.args.max_cost is not None and spent >= self.args.max_cost:
+            self.halted = (f"stopped at ${spent:.4f}, as --max-cost is {self.args.max_cost:g}. The same command "
                            "with a higher one goes on.")
         if self.halted:
             return None
@@ -592,19 +582,15 @@ class Teacher:
             if type(error) in FOR_ALL or error.code == "insufficient_quota":
                 self.halted = f"stopped, as the server does not work any more ({reason}). {REMEDY}"
             return None
-        text = self.hide(raw.text)  # an answer may repeat the key
-        try:
-            response = json.loads(text)
-        except ValueError:
-            response = text
+        response = self.hide(raw.text)  # an answer may repeat the key
+        with suppress(ValueError):
+            response = json.loads(response)
         record = {"task": episode["task"], "variation": episode["variation"], "asked": digest(request),
                   "llm": self.args.llm, "dollars": None, "response": response}
         if self.args.price:
             record["dollars"] = dollars(self.args.price, bill([record]))
         with self.lock:
             self.responses.append(record)
-            self.answers[record["asked"]].append(record)
-            self.spent += record["dollars"] or 0
         return record
 
     def annotate_all(self, arriving: Iterable[Episode], deliver: Callable[[Episode], None]):
@@ -666,10 +652,7 @@ def bill(records: list[dict]) -> dict:
 
 
 def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
-    """How far (proposed, gold) labels of trajectories agree, each figure a mean over the trajectories.
-
-    Precision, recall and F1 of the boundaries; the shares of actions with the same function, and the same sub-goal.
-    """
+    """How far (proposed, gold) labels of trajectories agree, in boundaries and in actions: means over trajectories."""
     totals = Counter()
     for pair in pairs:
         found, true = ({i for i in range(1, len(labels)) if labels[i] != labels[i - 1]} for labels in pair)
@@ -728,15 +711,10 @@ def describe(path: str | Path, episodes: list[Episode]):
 # Plumbing: durable files, beside each output one record of what made it, and threads that have a simulator each.
 
 
-def stop(message: str, code: int):
+def fail(message: str, code: int = 2):
     """End the program with a sentence on stderr. Exit codes: 1 work is left undone, 2 a user's mistake, 130 Ctrl-C."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def fail(message: str):
-    """End the program for a user's mistake, before any work starts."""
-    stop(message, 2)
 
 
 def parse_line(path: str | Path, number: int, line: bytes, fields: frozenset) -> dict:
@@ -756,8 +734,8 @@ def parse_line(path: str | Path, number: int, line: bytes, fields: frozenset) ->
     return record
 
 
-def read_episodes(path: str | Path) -> list[Episode]:
-    """All episodes of a JSONL file; ends the program with the line's number if one is torn or not an episode."""
+def read_episodes(path: str | Path, annotated: bool = False) -> list[Episode]:
+    """All episodes of a JSONL file; ends the program where a line is none, or (`annotated`) a step has no sub-goal."""
     try:
         with open(path, "rb") as file:
             episodes = [parse_line(path, number, line, EPISODE_FIELDS) for number, line in enumerate(file, 1)]
@@ -765,14 +743,8 @@ def read_episodes(path: str | Path) -> list[Episode]:
         fail(f"{path} cannot be read ({error.strerror}). Make it with annotate.py, or name another file.")
     if not episodes:
         fail(f"{path} is empty. Make it again with annotate.py, or name another file.")
-    return episodes
-
-
-def read_annotated(path: str | Path) -> list[Episode]:
-    """All episodes of a JSONL file; ends the program if a step of one has no sub-goal."""
-    episodes = read_episodes(path)
     for episode in episodes:
-        if None in labels_of(episode):
+        if annotated and None in labels_of(episode):
             fail(f"{path}: {episode['task']} {episode['variation']} has no sub-goals. Annotate it with annotate.py.")
     return episodes
 
@@ -876,7 +848,6 @@ def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: flo
     Each thread has a simulator of its own, whose watched blocks may take `timeout` seconds. An exception in a thread is
     raised here; when the caller takes no more (an exception, Ctrl-C), the threads end, and their JVMs with them.
     """
-    simulators = [Simulator(timeout) for _ in range(workers)]
     arrived = queue.Queue()  # what the threads yield, and each thread's future as it ends
 
     def run(simulator: Simulator):
@@ -885,22 +856,17 @@ def in_threads(workers: int, work: Callable[[Simulator], Iterator], timeout: flo
             if simulator.closed:
                 return
 
-    pool = ThreadPoolExecutor(max(1, workers))
-    running = {pool.submit(run, simulator) for simulator in simulators}
-    for future in list(running):
-        future.add_done_callback(arrived.put)
-    try:
-        while running:
+    with ThreadPoolExecutor(max(1, workers)) as pool, ExitStack() as simulators:
+        for _ in range(workers):
+            simulator = simulators.enter_context(closing(Simulator(timeout)))
+            pool.submit(run, simulator).add_done_callback(arrived.put)
+        while workers:
             item = arrived.get()
             if isinstance(item, Future):
-                running.remove(item)
+                workers -= 1
                 item.result()
             else:
                 yield item
-    finally:
-        for simulator in simulators:
-            simulator.close()
-        pool.shutdown()
 
 
 def cores() -> int:
@@ -918,8 +884,8 @@ logging.getLogger().addFilter(lambda record: "py4j" not in record.pathname)
 
 def read_input(args: argparse.Namespace, tasks: list[str]) -> dict[tuple[str, int], Episode]:
     """The trajectories of --input, without what was said by whoever named their sub-goals before."""
-    read = read_annotated if args.annotator == "keep" else read_episodes
-    known = {pair_of(e): e for e in read(args.input) if e["task"] in tasks and e["split"] == args.split}
+    episodes = read_episodes(args.input, annotated=args.annotator == "keep")
+    known = {pair_of(e): e for e in episodes if e["task"] in tasks and e["split"] == args.split}
     for episode in known.values():
         namer, *_ = [episode.pop(stale, "agent") for stale in ("annotator", "answer", "usage")]
         if args.annotator == "keep":
@@ -937,15 +903,12 @@ def wanted_variations(args: argparse.Namespace, tasks: list[str], known: dict) -
         try:
             return split_variations(simulator, tasks, args.split, args.variations)
         except SimulatorDied as death:
-            stop(f"a simulator {death}. Is there 1 GB of memory for it? The same command tries again.", 1)
+            fail(f"a simulator {death}. Is there 1 GB of memory for it? The same command tries again.", 1)
 
 
 def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: dict, store: EpisodeFile | None,
                  dropped: list[str], undone: dict[tuple, str]) -> Iterator[Episode]:
-    """Expert trajectories of 100 points: the known ones, then what the simulators play.
-
-    That goes to the store first: two loads of one variation differ, and an LLM's answer is for one of them.
-    """
+    """Expert trajectories of 100 points: the known ones, then what the simulators play."""
     played = collect_all([pair for pair in todo if pair not in known], args.split, args.workers)
     for task, variation, episode in chain(((*pair, known[pair]) for pair in todo if pair in known), played):
         if episode is None:
@@ -954,25 +917,21 @@ def trajectories(args: argparse.Namespace, todo: list[tuple[str, int]], known: d
             dropped.append(f"{task} {variation} ({episode['score']})")
         else:
             if store and (task, variation) not in store.done:
-                store.append(episode)
+                store.append(episode)  # two loads of one variation differ, and an LLM's answer is for one of them
             yield episode
 
 
 def ask_and_propagate(teacher: Teacher, few: int, arriving: Iterable[Episode], output: EpisodeFile, deliver: Callable):
     """Ask about a few trajectories of each task; the others follow them; those that do not fit are asked about, too."""
-
-    def asked(task: str) -> list[Episode]:
-        return sorted((e for e in output.records if e["task"] == task and e["answer"] == "asked"), key=pair_of)
-
     first, others, misfits = [], [], []
-    for task, group in groupby(sorted(arriving, key=pair_of), key=lambda e: e["task"]):
-        episodes = list(group)
-        places = max(0, few - len(asked(task)))
-        first += episodes[:places]
-        others += episodes[places:]
+    counts = Counter(e["task"] for e in output.records if e["answer"] == "asked")
+    for episode in sorted(arriving, key=pair_of):
+        counts[episode["task"]] += 1
+        (first if counts[episode["task"]] <= few else others).append(episode)
     teacher.annotate_all(first, deliver)
+    asked = sorted((e for e in output.records if e["answer"] == "asked"), key=pair_of)
     for episode in others if not teacher.halted else []:
-        sources = asked(episode["task"])
+        sources = [e for e in asked if e["task"] == episode["task"]]
         carried = annotate_by_examples(sources, episode)
         if carried["answer"] == "carried over":
             deliver(carried)
@@ -1056,9 +1015,9 @@ def annotate(args: argparse.Namespace, wanted: list[tuple[str, int]], known: dic
     if output.records:
         describe(args.output, output.records)
     if teacher and teacher.halted:
-        stop(teacher.halted, 1)
+        fail(teacher.halted, 1)
     if undone:
-        stop(f"{len(undone)} trajectories are not annotated. The same command tries them again.", 1)
+        fail(f"{len(undone)} trajectories are not annotated. The same command tries them again.", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

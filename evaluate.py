@@ -48,8 +48,7 @@ from tqdm import tqdm
 
 from annotate import (
     ID2TASK, PROMPTS, SIMPLIFICATIONS, SPLITS, Episode, EpisodeFile, Game, Simulator, SimulatorDied, Step, cores,
-    digest, fail, in_threads, parse_action, positive, read_annotated, read_episodes, resolve_tasks, room_of,
-    split_variations, stop
+    digest, fail, in_threads, parse_action, positive, read_episodes, resolve_tasks, room_of, split_variations
 )
 from train_action import executor_state
 from train_subgoal import (
@@ -850,7 +849,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
         fail(f"{args.action_model} was trained {'with' if flat else 'without'} --flat: it acts with --subgoals "
              f"{'none' if flat else 'model, random, semi-random or oracle'}.")
     planner = Student(args.subgoal_model, "subgoal", args.engine) if "subgoal_model" in needs else None
-    known = read_annotated(args.data) if "data" in needs else []
+    known = read_episodes(args.data, annotated=True) if "data" in needs else []
     return Agent(executor, planner, args.subgoals, known, args.beams)
 
 
@@ -864,7 +863,7 @@ def run(args: argparse.Namespace):
     try:
         wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
     except SimulatorDied as death:
-        stop(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
+        fail(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
     if args.subgoals == "oracle" and (missing := [pair for pair in wanted if pair not in agent.experts]):
         fail(f"{args.data} lacks {len(missing)} of the {len(wanted)} variations to play, such as "
              f"{' '.join(map(str, missing[0]))}. Make it with annotate.py --split {args.split}.")
@@ -927,7 +926,7 @@ def main():
         if not args.report_only:
             run(args)
     except KeyboardInterrupt:
-        stop("stopped. The episodes that had ended are kept; the same command goes on from there.", 130)
+        fail("stopped. The episodes that had ended are kept; the same command goes on from there.", 130)
     if args.watch is not None:
         return
     target = args.report and Path(re.sub(r"\.(md|html)$", "", args.report))

@@ -39,7 +39,7 @@ import pandas as pd
 import scienceworld
 import transformers  # loads its parts, and PyTorch, only when they are used
 
-from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, read_annotated, room_of
+from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, read_episodes, room_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Those of a training are flags: see `Options`, and the defaults of `parse_flags`.
@@ -517,7 +517,7 @@ def kind_of(said: list[str], i: int, told: bool = False) -> str:
 
 def read_data(paths: list[str]) -> list[Episode]:
     """The annotated episodes of some files, of splits train and dev, in the order of tasks and variations."""
-    episodes = sorted((episode for path in paths for episode in read_annotated(path)),
+    episodes = sorted((episode for path in paths for episode in read_episodes(path, annotated=True)),
                       key=lambda episode: (episode["task"], episode["variation"]))
     if any(episode["split"] == "test" for episode in episodes):
         fail("--data holds test episodes. Train on the splits train and dev alone.")

@@ -254,9 +254,9 @@ def test_episodes_of_a_simulator_that_dies_or_hangs_begin_again_and_all_end(data
     simulator = Simulator(timeout)
 
     def strike(episode: Live):
-        moves.append(simulator.pid)
+        moves.append(simulator.gateway.java_process.pid)
         if len(moves) == 10:
-            os.kill(simulator.pid, sign)
+            os.kill(moves[-1], sign)
 
     played = list(play(following(paths), iter(paths), 4, simulator, strike))
     assert sorted(map(pair, played)) == sorted(paths)
@@ -274,7 +274,7 @@ def test_an_episode_of_which_every_simulator_dies_is_given_up_and_the_next_is_pl
 
     def strike(episode: Live):
         if pair(episode) == deadly and len(episode.steps) == 2:
-            os.kill(simulator.pid, signal.SIGKILL)
+            simulator.kill()
 
     died, done = play(following(paths), iter([deadly, harmless]), 1, simulator, strike)
     assert (died.ended, died.deaths, len(died.steps)) == ("died", TRIES, 3)
