@@ -192,10 +192,6 @@ class Live:
     ended: str | None = None  # a key of ENDINGS
 
     def __post_init__(self):
-        self.forget()
-
-    def forget(self):
-        """Be as before the first move."""
         self.game, self.description, self.state = None, "", {"look": "", "inventory": ""}
         self.steps: list[Step] = []
         self.effects: list[tuple] = []  # of each step: all that it showed, to recognise a loop
@@ -265,13 +261,6 @@ class Live:
             self.sought = self.needs = ""  # it has been found, and this step was taken there
         self.steps.append(Step(**self.state, subgoal=subgoal, action=action, observation=observation, score=score))
 
-    def die(self, death: SimulatorDied):
-        """Note that the simulator died of this episode; the last time, it has ended."""
-        self.deaths += 1
-        if self.deaths == TRIES:
-            self.note(None, "", f"The simulator {death}, in each of {TRIES} tries.", self.score)
-            self.ended = "died"
-
 
 def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Simulator,
          watch: Callable[[Live], None] = lambda episode: None) -> Iterator[Live]:
@@ -296,18 +285,18 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
                 if completed is None:
                     continue  # the next time, all beams are asked for
                 current.ended = ending(current, completed)
+                if current.ended:
+                    games.append(current.game)
                 watch(current)
         except SimulatorDied as death:
-            current.die(death)
-            for episode in episodes:
-                episode.game = None
-                if not episode.ended:
-                    episode.forget()
+            current.deaths += 1
+            if current.deaths == TRIES:
+                current.note(None, "", f"The simulator {death}, in each of {TRIES} tries.", current.score)
+                current.ended = "died"
+            episodes = [each if each.ended else Live(each.task, each.variation, each.deaths, each.started)
+                        for each in episodes]
             games = []
-        for episode in episodes:
-            if episode.ended:
-                games += [episode.game] if episode.game else []
-                yield episode
+        yield from (episode for episode in episodes if episode.ended)
         episodes = [episode for episode in episodes if not episode.ended]
 
 
@@ -412,13 +401,9 @@ def diagnose(episode: Played) -> dict:
     broke     the place where it went wrong: the fatal move, or the first step after the last gain; None if solved
     """
     steps, stuck = episode["steps"], []
-    for subgoal, same in groupby(range(len(steps)), key=lambda i: steps[i]["subgoal"]):
-        before = set()
-        for n, i in enumerate(same):
-            step = tuple(steps[i][name] for name in ("look", "inventory", "action", "observation"))
-            if subgoal and n >= STUCK and step in before:
-                stuck.append(i)
-            before.add(step)
+    moves = [tuple(step[name] for name in ("look", "inventory", "action", "observation")) for step in steps]
+    for subgoal, (first, *others) in groupby(range(len(steps)), key=lambda i: steps[i]["subgoal"]):
+        stuck += [i for i in others[STUCK - 1 :] if subgoal and moves[i] in moves[first:i]]
     last, scores = len(steps) - 1, [0, *(step["score"] for step in steps)]
     if episode["score"] == 100:
         end, broke = "solved", None
@@ -501,17 +486,15 @@ def score_tables(*agents: pd.DataFrame) -> list[list[np.ndarray]]:
     return [[each.loc[shared[tasks == task]].to_numpy(float).T for each in scores] for task in tasks.unique()]
 
 
-def interval(agent: pd.DataFrame, base: pd.DataFrame | None = None, draws: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean over tasks of the mean score; with `base`, of its gain over another agent.
+def interval(*agents: pd.DataFrame, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of an agent's mean over tasks of the mean score; of two, of the first one's gain.
 
     An agent's copies are drawn again, and within each task its variations: the same for all copies and both agents,
     as these play the same ones. Of a single copy it is therefore an interval of these weights, not of their recipe.
     """
-    generator = np.random.default_rng(0)
-    agents = [agent] if base is None else [agent, base]
-    copies = [each["models"].nunique() for each in agents]
+    generator, means = np.random.default_rng(0), []
+    copies = [agent["models"].nunique() for agent in agents]
     drawn = [generator.integers(count, size=(draws, count, 1)) for count in copies]
-    means = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice")  # a draw of copies that lack the variations drawn
         for tables in score_tables(*agents):
@@ -578,13 +561,9 @@ def ablations(episodes: pd.DataFrame, agents: pd.DataFrame, base: str) -> pd.Dat
 
 def over_moves(episodes: pd.DataFrame) -> dict[str, list[float]]:
     """Each agent's mean score after 0, 1, … moves: an ended episode keeps its last score, and a failed one's is 0."""
-    def held(episode: Played) -> np.ndarray:
-        scores = [0, *(max(0, step["score"]) for step in episode["steps"])]
-        return np.pad(scores, (0, episodes["moves"].max() + 1 - len(scores)), mode="edge")
-
+    scores = [[0, *(max(0, step["score"]) for step in episode["steps"])] for episode in episodes["episode"]]
     places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
-    curves = averaged(pd.DataFrame(np.stack(episodes["episode"].map(held)), places), ["agent"])
-    return {name: list(curve) for name, curve in curves.iterrows()}
+    return averaged(pd.DataFrame(scores, places).ffill(axis=1), ["agent"]).T.to_dict("list")
 
 
 def diagnosis(episodes: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -634,25 +613,23 @@ def write_report(files: list[str], target: Path | None) -> str:
     agents, times = summary(episodes, ["agent"]), episodes.groupby(["task", "variation"]).size()
     everywhere = (episodes.groupby("agent")["task"].nunique() == len(TASKS)).all()
     others = episodes[~episodes["task"].str.startswith(tuple(f"{id} " for id in NOT_IN_ETO))]
+    lengths = pd.cut(episodes["expert_moves"], [0, 20, 50, math.inf], labels=["up to 20", "20 to 50", "more than 50"])
+    kinds = episodes.groupby("agent")["subgoals"].first()
+    base = next((name for name, kind in kinds.items() if kind == "model"), agents.index[0])
     facts = dict(
         tasks=episodes["task"].nunique(), all_tasks=len(TASKS), copies=agents["copies"].min(), played=len(times),
         in_common=(times == agents["copies"].sum()).sum(), without=NOT_IN_ETO,
         theirs={name: scored(s) for name, s in summary(others, ["agent"]).iterrows()} if everywhere else {},
-        scores=score_table(agents), scores_by_task=by_agent(episodes, "task", digits=0))
-    printed = TEXTS.get_template("report.jinja").render(facts, whole=False)
-    if target is None:
-        return printed
-    lengths = pd.cut(episodes["expert_moves"], [0, 20, 50, math.inf], labels=["up to 20", "20 to 50", "more than 50"])
-    kinds = episodes.groupby("agent")["subgoals"].first()
-    base = next((name for name, kind in kinds.items() if kind == "model"), agents.index[0])
-    facts |= dict(
+        scores=score_table(agents), scores_by_task=by_agent(episodes, "task", digits=0),
         episodes=len(episodes), one=episodes["episode"].iloc[0], base=base, kinds=kinds.nunique(), stuck=STUCK,
         teachers={str(episode["teacher"]): episode["teacher"] for episode in episodes["episode"]}.values(),
         scores_by_length=by_kind(episodes, lengths), ablations=ablations(episodes, agents, base),
         scores_by_seen=by_kind(episodes, episodes["seen"].map({True: "seen", False: "unseen"})),
         diagnosis=diagnosis(episodes, "agent"),
         diagnosis_by_task={name: diagnosis(mine, "task") for name, mine in episodes.groupby("agent")})
-    text = TEXTS.get_template("report.jinja").render(facts, whole=True)
+    printed, text = (TEXTS.get_template("report.jinja").render(facts, whole=whole) for whole in (False, True))
+    if target is None:
+        return printed
     page = TEXTS.get_template("report.html.jinja").render(
         report=Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text)),
         curves=over_moves(episodes), replays=replays(episodes))
@@ -670,35 +647,30 @@ def write_report(files: list[str], target: Path | None) -> str:
 # The students
 
 
-def check_student(folder: str | Path, role: str) -> dict:
-    """What student.json says of a model folder; ends the program if it is none, or none for this role."""
-    try:
-        about = json.loads((Path(folder) / ABOUT).read_text())
-        about["role"], about["frame"]
-    except (OSError, ValueError, KeyError):
-        fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
-    if about["role"] != role:
-        fail(f"{folder} holds a model trained by train_{about['role']}.py, this needs one of train_{role}.py.")
-    return about
-
-
 class Student:
     """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on.
 
     All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike; by default
-    the latter where there is no GPU.
+    the latter where there is no GPU. Ends the program if the folder is none of a student, or none for this role.
     """
 
     def __init__(self, folder: str | Path, role: str, engine: str | None = None):
         import torch
 
         be_quiet()
-        self.about = check_student(folder, role)
         self.folder = Path(folder)
-        self.engine = engine or ("transformers" if torch.cuda.is_available() else "ctranslate2")
+        try:
+            self.about = json.loads((self.folder / ABOUT).read_text())
+            trained, _ = self.about["role"], self.about["frame"]
+        except (OSError, ValueError, KeyError):
+            fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
+        if trained != role:
+            fail(f"{folder} holds a model trained by train_{trained}.py, this needs one of train_{role}.py.")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.engine = engine or ("transformers" if self.device == "cuda" else "ctranslate2")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.translator = None
-        self.lock = threading.Lock()  # a tokenizer, and transformers' generate, are for one thread at a time
+        self.lock = threading.RLock()  # a tokenizer, and transformers' generate, are for one thread at a time
         self.known = {}  # answers by what was asked: an agent that changed nothing is not asked again
 
     def files(self) -> list[Path]:
@@ -720,23 +692,13 @@ class Student:
                 self.convert(texts)
             if self.engine == "transformers":
                 return answers(self.model, self.tokenizer, texts, self.about, beams, best)
-            inputs = question_tokens(self.tokenizer, texts, self.about)
-        written = translate(self.translator, self.tokenizer, inputs, beams, best, self.about)
-        with self.lock:
-            return self.decoded(written)
-
-    def decoded(self, written: list) -> list[list[str]]:
-        return [[text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-                for ids in written]
+        return self.translate(texts, beams, best)
 
     @cached_property
     def model(self):
         """The model for transformers, on a GPU if there is one."""
-        import torch
-
-        dtype = torch.bfloat16 if has_bf16() else "auto"
-        model = model_class(self.folder).from_pretrained(self.folder, dtype=dtype)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        dtype = "bfloat16" if has_bf16() else "auto"
+        return model_class(self.folder).from_pretrained(self.folder, dtype=dtype).to(self.device).eval()
 
     def convert(self, texts: list[str]):
         """Load the folder's model for CTranslate2: converted, and compared with transformers, on first use.
@@ -747,57 +709,56 @@ class Student:
 
         folder = self.folder / "ctranslate2"
         if folder.exists():
-            self.translator = load_translator(folder)
+            self.load_translator(folder)
             return
         texts = texts[:SAMPLE] + [" ".join(texts[i:SAMPLE] * SAMPLE) for i in range(min(4, len(texts)))]
         with tempfile.TemporaryDirectory(dir=self.folder) as new:  # moved into place when it has been checked
             try:
                 TransformersConverter(str(self.folder)).convert(new, force=True)
-                translator = load_translator(new)
-                inputs = question_tokens(self.tokenizer, texts, self.about)
-                written = self.decoded(translate(translator, self.tokenizer, inputs, 1, 1, self.about))
+                self.load_translator(new)
                 reference = answers(self.model, self.tokenizer, texts, self.about, beams=1)
                 # greedy ones: a hardly trained model's wider beams hold many answers of one likelihood
-                same = np.mean([ours == theirs for ours, theirs in zip(written, reference, strict=True)])
-                complaint = None if same >= SAME else f"{1 - same:.0%} of its greedy answers are other ones"
-            except (ValueError, RuntimeError, NotImplementedError) as error:  # an architecture that it does not know
+                same = np.mean([ours == theirs for ours, theirs in zip(self.translate(texts), reference, strict=True)])
+                if same < SAME:
+                    raise ValueError(f"{1 - same:.0%} of its greedy answers are other ones")
+            except (ValueError, RuntimeError, NotImplementedError) as error:  # or an architecture that it does not know
+                self.engine, self.translator = "transformers", None
                 complaint = str(error).partition("\n")[0]
-            if complaint:
-                self.engine = "transformers"
                 print(f"{self.folder}: played by transformers, not by CTranslate2: {complaint}", file=sys.stderr)
                 return
             os.chmod(new, 0o755)
             Path(new).rename(folder)
         print(f"{self.folder}: converted for CTranslate2; {same:.0%} of {len(texts)} greedy answers are those of "
               "transformers", file=sys.stderr)
-        self.translator = translator
         del self.model
 
+    def load_translator(self, folder: str | Path):
+        """Load CTranslate2's model in a folder, on the GPU if there is one, else a batch a core."""
+        import ctranslate2
 
-def load_translator(folder: str | Path):
-    """CTranslate2's model in a folder, on the GPU if there is one, else a batch a core."""
-    import ctranslate2
+        gpu = ctranslate2.get_cuda_device_count() > 0
+        decoder = "decoder_start_token" not in json.loads((Path(folder) / "config.json").read_text())
+        self.translator = (ctranslate2.Generator if decoder else ctranslate2.Translator)(
+            str(folder), device="cuda" if gpu else "cpu", compute_type="bfloat16" if gpu else "float32",
+            inter_threads=1 if gpu else cores(), intra_threads=1)
 
-    gpu = ctranslate2.get_cuda_device_count() > 0
-    decoder = "decoder_start_token" not in json.loads((Path(folder) / "config.json").read_text())
-    return (ctranslate2.Generator if decoder else ctranslate2.Translator)(
-        str(folder), device="cuda" if gpu else "cpu", compute_type="bfloat16" if gpu else "float32",
-        inter_threads=1 if gpu else cores(), intra_threads=1)
-
-
-def translate(translator, tokenizer, inputs: list[list[int]], beams: int, best: int, about: dict) -> list:
-    """The token ids (inputs, best, any length) of CTranslate2's `best` likeliest answers to every input."""
-    tokens = [tokenizer.convert_ids_to_tokens(row) for row in inputs]
-    # All but no bonus for length: with none at all, CTranslate2 stops before its longer answers are complete.
-    shared = dict(
-        beam_size=beams, num_hypotheses=best, length_penalty=1e-9, patience=beams, max_batch_size=32,
-        end_token=about["frame"][2])
-    most = about["max_target_length"]
-    if hasattr(translator, "generate_batch"):
-        results = translator.generate_batch(tokens, max_length=most, include_prompt_in_result=False, **shared)
-        return [result.sequences_ids for result in results]
-    results = translator.translate_batch(tokens, max_decoding_length=most, max_input_length=0, **shared)
-    return [list(map(tokenizer.convert_tokens_to_ids, result.hypotheses)) for result in results]
+    def translate(self, texts: list[str], beams: int = 1, best: int = 1) -> list[list[str]]:
+        """CTranslate2's `best` likeliest answers to every text. Threads share its model, but not the tokenizer."""
+        tokenizer, most = self.tokenizer, self.about["max_target_length"]
+        with self.lock:
+            tokens = [tokenizer.convert_ids_to_tokens(row) for row in question_tokens(tokenizer, texts, self.about)]
+        # All but no bonus for length: with none at all, CTranslate2 stops before its longer answers are complete.
+        shared = dict(
+            beam_size=beams, num_hypotheses=best, length_penalty=1e-9, patience=beams, max_batch_size=32,
+            end_token=self.about["frame"][2])
+        if hasattr(self.translator, "generate_batch"):
+            results = self.translator.generate_batch(tokens, max_length=most, include_prompt_in_result=False, **shared)
+            written = [result.sequences_ids for result in results]
+        else:
+            results = self.translator.translate_batch(tokens, max_decoding_length=most, max_input_length=0, **shared)
+            written = [list(map(tokenizer.convert_tokens_to_ids, result.hypotheses)) for result in results]
+        with self.lock:
+            return [[text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in written]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -858,7 +819,7 @@ DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, OFTEN, PATIENT
 
 
 def run(args: argparse.Namespace):
-    """Play what --output lacks, or with --watch show it."""
+    """Play what --output lacks, and append each episode to it as it ends; or with --watch show them all."""
     agent, simulator = agent_of(args), Simulator(args.timeout)
     try:
         wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
@@ -870,24 +831,19 @@ def run(args: argparse.Namespace):
     if args.watch is not None:
         return watch(agent, wanted, simulator, args.watch)
     simulator.close()
-    students = {"executor": agent.executor, "planner": agent.planner}
-    students = {role: student for role, student in students.items() if student}
+    students = {"executor": agent.executor} | ({"planner": agent.planner} if agent.planner else {})
     about = dict(split=args.split, simplifications=SIMPLIFICATIONS, agent=args.name or AGENTS[args.subgoals][0],
                  subgoals=args.subgoals, models=digest(*(file for each in students.values() for file in each.files())))
     output = EpisodeFile(args.output, {
         **about, "beams": args.beams, "engine": agent.executor.engine,
         "data": digest(Path(args.data)) if agent.experts else None, "code": digest(*DECIDING)})
+    executor, decider = agent.executor.about, (agent.planner or agent.executor).about
     about |= dict(parameters={role: student.about["parameters"] for role, student in students.items()},
-                  teacher=list(students.values())[-1].about["teacher"])
-    tasks = [student.about["tasks"] for student in students.values()]
-    trained = {task: moves for task, moves in tasks[0].items() if task in tasks[-1]}
+                  teacher=decider["teacher"])
+    trained = {task: moves for task, moves in executor["tasks"].items() if task in decider["tasks"]}
     todo = [pair for pair in wanted if pair not in output.done]
-    if todo:
-        play_all(args, agent, todo, output, trained, about)
-
-
-def play_all(args: argparse.Namespace, agent: Agent, todo: list, output: EpisodeFile, trained: dict, about: dict):
-    """Play episodes and append each to the output as it ends."""
+    if not todo:
+        return
     random.Random(0).shuffle(todo)  # so that the workers have slow and quick tasks alike
     workers, scores, waiting = min(args.workers, len(todo)), [], iter(todo)
     with tqdm(total=len(todo), desc=f"{about['agent']}, episodes", unit="", dynamic_ncols=True) as progress:
