@@ -31,7 +31,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, islice, permutations
 from pathlib import Path
@@ -140,11 +140,7 @@ class Agent:
         return [found[i] for i in range(len(episodes))]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
-        """The sub-goal that the executor gets where the planner would say `planned`.
-
-        random: any of the train set, for RANDOM_EVERY steps; semi-random: one of the planned one's function with
-        another object or room, for as long. Both are the same each time that an episode is played.
-        """
+        """The sub-goal that the executor gets where the planner would say `planned`: see --subgoals."""
         if self.subgoals == "oracle":
             return self.expert_subgoal(episode)
         if self.subgoals in ("model", "none"):
@@ -154,7 +150,7 @@ class Agent:
             function = planned.partition("(")[0] + "("
             choices = [other for other in self.pool if other.startswith(function) and other != planned] or [planned]
         seed = f"{episode.task} {episode.variation} {planned} {len(episode.steps) // RANDOM_EVERY}"
-        return random.Random(seed).choice(choices)
+        return random.Random(seed).choice(choices)  # the same each time that the episode is played
 
     def expert_subgoal(self, episode: "Live") -> str:
         """The sub-goal of the expert's first step that the agent has not taken yet.
@@ -200,7 +196,7 @@ class Live:
         self.sought = ""  # the find(X) whose X is looked for in other rooms: see `search`
         self.needs = ""  # the sub-goal that was planned when X was missing
         self.refused: set[str] = set()  # actions that the simulator has refused in the present state
-        self.valid: list[str] = []  # the present state's valid actions, once they have been listed
+        self.valid: list[str] = []  # the present state's valid actions, once they have been listed: that is slow
 
     @property
     def score(self) -> int:
@@ -293,8 +289,7 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
             if current.deaths == TRIES:
                 current.note(None, "", f"The simulator {death}, in each of {TRIES} tries.", current.score)
                 current.ended = "died"
-            episodes = [each if each.ended else Live(each.task, each.variation, each.deaths, each.started)
-                        for each in episodes]
+            episodes = [episode if episode.ended else replace(episode) for episode in episodes]  # from the first move
             games = []
         yield from (episode for episode in episodes if episode.ended)
         episodes = [episode for episode in episodes if not episode.ended]
@@ -303,10 +298,8 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
 def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | None:
     """Take the first candidate that the simulator accepts, else a makeshift; returns whether that completed the task.
 
-    None if the greedy answer alone was refused: no move was made, and from now on the episode hesitates.
-    Only the likeliest may be a focus: on the wrong object it fails the task for good. A stuck agent tries the same
-    again and again: what was refused is remembered until something visible changes, and so are the valid actions, which
-    take up to a second to list.
+    None if the greedy answer alone was refused: no move was made, and from now on the episode hesitates. Only the
+    likeliest may be a focus: on the wrong object it fails the task for good.
     """
     hesitated = episode.hesitates
     ordered = episode.fresh_first(candidates, "action")
@@ -429,12 +422,7 @@ NOT_IN_ETO = ("2-3", "9-1", "9-2", "9-3", "10-1", "10-2")  # tasks that the test
 
 
 def gather(files: list[str]) -> pd.DataFrame:
-    """The table of episodes, a row each; ends the program for files that do not go together.
-
-    agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, expert_moves,
-    moves, planner, executor and parameters (theirs, together), ENDS, SIGNS as shares of the steps, and `episode`, the
-    whole record with its diagnosis.
-    """
+    """The table of episodes, a row each, with its diagnosis; ends the program for files that do not go together."""
     rows = []
     for path in files:
         for episode in read_episodes(path):
@@ -592,10 +580,7 @@ TEXTS.filters |= {"plain": plain, "table": as_markdown}
 
 
 def replays(episodes: pd.DataFrame) -> dict[str, list[dict]]:
-    """What the page's replay needs: the episodes of each copy of an agent.
-
-    Packed, gzip in base64, so that a page of hundreds stays small; the browser unpacks the one it shows.
-    """
+    """The episodes of each copy of an agent, for the page: gzip in base64, as there are hundreds of them."""
     shown = {}
     for name, agent in episodes.groupby("agent"):
         for n, (_, copy) in enumerate(agent.groupby("models"), 1):
