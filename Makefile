@@ -181,7 +181,6 @@ COMPARE = $(SUB) report REPORT=$(RUN)/$@/report EPISODES="$$(find $(RUN)/hierarc
   -name hierarchical.jsonl -o -name flat.jsonl | sort | tr '\n' ' ')"
 
 ablations: students       ## sub-goals from the planner, none, random, semi-random, or the expert's (oracle)
-	@mkdir -p $(RUN)/$@
 	@+$(SUB) evaluate REPORT=$(RUN)/$@/report PLAYED="hierarchical flat random semi-random oracle"
 
 seeds: agents             ## trainings that differ in their SEED: mean and interval
@@ -206,7 +205,6 @@ heldout: agents           ## trained without the tasks HELDOUT, played on all: s
 	@+$(COMPARE)
 
 selftrain: agents         ## a second round, with those of OWN train variations of each task that the agent has solved
-	@mkdir -p $(RUN)/$@
 	@+$(SUB) $(RUN)/$@/solved.jsonl
 	@+$(VARIANT) DATA="$(DATA) $(RUN)/$@/solved.jsonl" PLAYED=hierarchical ROW="second round"
 	@+$(COMPARE)
@@ -230,19 +228,14 @@ $(RUN)/selftrain/solved.jsonl: evaluate.py annotate.py $(PLANNER)/student.json $
 
 test: .venv/ready         ## the tests: real simulator, tiny models
 	$Q.venv/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
-
 bench: students           ## stage 4 against one episode at a time: speed, memory
 	$Q$(BIN) tests/benchmark_evaluate.py --tasks $(TASKS) --subgoal-model $(PLANNER) --action-model $(EXECUTOR)
-
 bench-train: .venv/ready  ## tokens a second of the training, and of 8 inputs padded to 1,024 tokens
 	$Q$(BIN) tests/benchmark_train.py
-
 lint: .venv/ready         ## ruff
 	$Q.venv/bin/ruff check .
-
 clean:                    ## remove what the runs made (runs/); the packages stay
 	rm -rf runs
-
 help:                     ## this list
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo; sed -n '/^# ---- Presets/,/^$$/p' Makefile | sed -n 's/^# //p' | tail -n +2
