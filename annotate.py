@@ -652,7 +652,10 @@ def bill(records: list[dict]) -> dict:
 
 
 def agreement(pairs: list[tuple[list[str], list[str]]]) -> dict[str, float]:
-    """How far (proposed, gold) labels of trajectories agree, in boundaries and in actions: means over trajectories."""
+    """How far (proposed, gold) labels of trajectories agree, each figure a mean over the trajectories.
+
+    Precision, recall and F1 of the boundaries; the shares of actions with the same function, and the same sub-goal.
+    """
     totals = Counter()
     for pair in pairs:
         found, true = ({i for i in range(1, len(labels)) if labels[i] != labels[i - 1]} for labels in pair)

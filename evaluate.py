@@ -422,7 +422,12 @@ NOT_IN_ETO = ("2-3", "9-1", "9-2", "9-3", "10-1", "10-2")  # tasks that the test
 
 
 def gather(files: list[str]) -> pd.DataFrame:
-    """The table of episodes, a row each, with its diagnosis; ends the program for files that do not go together."""
+    """The table of episodes, a row each; ends the program for files that do not go together.
+
+    agent, models (another one is another copy of the agent), task, variation, subgoals, seen, score, expert_moves,
+    moves, planner, executor and parameters (theirs, together), ENDS, SIGNS as shares of the steps, and `episode`, the
+    whole record with its diagnosis.
+    """
     rows = []
     for path in files:
         for episode in read_episodes(path):
