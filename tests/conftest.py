@@ -1,10 +1,12 @@
 """What the tests share: the four commands run as a user runs them, and small real data."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # files run side by side, one a core; other threads would add up in another order
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore Ctrl-C
 
-from annotate import EXAMPLES, annotate_by_rules, read_episodes  # noqa: E402
+from annotate import EXAMPLES, Simulator, annotate_by_rules, read_episodes  # noqa: E402
 
 
 def command(script: str, *flags) -> list[str]:
@@ -23,12 +25,7 @@ def command(script: str, *flags) -> list[str]:
 
 def run(script: str, *flags, code: int = 0) -> subprocess.CompletedProcess:
     """Run a script to its end; its exit code must be `code`."""
-    done = subprocess.run(
-        command(script, *flags),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    done = subprocess.run(command(script, *flags), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -37,26 +34,23 @@ def start(script: str, *flags) -> subprocess.Popen:
     return subprocess.Popen(command(script, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def wait_until(ready, process: subprocess.Popen, seconds: float = 120):
-    """Wait for `ready()` to hold while a process runs."""
-    deadline = time.time() + seconds
+def wait_until(ready, process: subprocess.Popen | None = None):
+    """Wait for `ready()` to hold, while a process runs."""
+    deadline = time.time() + 120
     while not ready():
-        assert process.poll() is None, "it ended too early"
+        assert process is None or process.poll() is None, "it ended too early"
         assert time.time() < deadline, "it never got so far"
         time.sleep(0.02)
 
 
-def kill_when(script: str, *flags, ready, seconds: float = 120):
+def kill_when(script: str, *flags, ready) -> list[int]:
     """Start a script, kill it with -9 as soon as `ready()` holds, and check that its processes are gone soon after."""
     process = start(script, *flags)
-    wait_until(ready, process, seconds)
+    wait_until(ready, process)
     family = descendants(process.pid)
     process.kill()
     process.wait()
-    gone_by = time.time() + 30
-    while any(alive(pid) for pid in family):
-        assert time.time() < gone_by, "a process was left behind"
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(alive, family)))
     return family
 
 
@@ -80,6 +74,62 @@ def descendants(pid: int) -> list[int]:
 
 def alive(pid: int) -> bool:
     return pid in processes()
+
+
+def written(path: Path, episodes: list[dict]) -> Path:
+    """A file of some episodes."""
+    path.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+    return path
+
+
+def whole_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def step_of(subgoal: str | None = "wait()", action: str = "wait", score: int = 0, **more) -> dict:
+    return dict(look="A room.", inventory="", subgoal=subgoal, action=action, observation="", score=score) | more
+
+
+class Says:
+    """In a student's place: it answers `say(state)`, likeliest first, and keeps what it was asked."""
+
+    def __init__(self, say):
+        self.say, self.states, self.best = say, [], []
+
+    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
+        self.states += states
+        self.best += [best] * len(states)
+        return [self.say(state)[:best] for state in states]
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Calls a script's main in this process."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        script.main()
+
+    return call
+
+
+@pytest.fixture
+def refusal(call, capsys):
+    """What a script, called in this process, says to flags that it does not take: one sentence."""
+    def refusal(script, *flags) -> str:
+        capsys.readouterr()  # what was said before
+        with pytest.raises(SystemExit, match="2"):
+            call(script, *flags)
+        said = capsys.readouterr().err
+        assert said.startswith(f"{script.__name__}.py: ") and said.count("\n") == 1
+        return said
+
+    return refusal
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with closing(Simulator()) as simulator:
+        yield simulator
 
 
 @pytest.fixture(scope="session")

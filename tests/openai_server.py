@@ -42,7 +42,7 @@ class Server(ThreadingHTTPServer):
         self.always = None  # a fault of every answer
         self.lock = threading.Lock()
         self.paid = Counter()  # completions that were sent, by task
-        self.times, self.last_answer = [], 0.0  # (task, when) of each question; when the last answer went
+        self.times = []  # (task, when) of each question
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -118,4 +118,3 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.paid[task] += 1
             self.reply(server.completion(body, fault))
-            server.last_answer = time.monotonic()

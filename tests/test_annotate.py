@@ -3,16 +3,11 @@
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-from contextlib import closing
 from itertools import repeat
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, alive, descendants, kill_when, run, start, wait_until
+from conftest import alive, descendants, kill_when, run, start, wait_until, whole_lines, written
 
 import annotate
 from annotate import (
@@ -21,10 +16,6 @@ from annotate import (
 )
 
 SUBGOAL = re.compile(r"[a-z_]+\(([^();]+)?\)")
-
-
-def whole_lines(path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def episode_of(actions: str, labels: list | None = None, description: str = "") -> dict:
@@ -105,18 +96,17 @@ def test_agreement_counts_boundaries_and_names():
 # ---- What is annotated
 
 
-def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be_left_out(tmp_path):
+def test_tasks_are_named_by_name_id_and_topic_in_the_benchmarks_order_and_can_be_left_out(tmp_path, refusal):
     assert resolve_tasks("7-1, 4-2,boil") == ["boil", "find-non-living-thing", "lifespan-longest-lived"]
     assert len(resolve_tasks("4")) == 4 and len(resolve_tasks("1")) == 4 and len(resolve_tasks("all")) == 30
     assert resolve_tasks("1,-melt,-1-1") == ["freeze", "change-the-state-of-matter-of"]
-    refused = run("annotate.py", "--tasks", "boyl", "--output", tmp_path / "x.jsonl", code=2)
-    assert "no task 'boyl'; the nearest are boil," in refused.stderr and not list(tmp_path.iterdir())
+    said = refusal(annotate, "--tasks", "boyl", "--output", tmp_path / "x.jsonl")
+    assert "no task 'boyl'; the nearest are boil," in said and not list(tmp_path.iterdir())
 
 
-def test_some_train_variations_are_spread_over_all_and_those_of_test_are_the_first():
-    with closing(Simulator()) as simulator:
-        taken = {(split, limit): [variation for _, variation in split_variations(simulator, ["boil"], split, limit)]
-                 for split in ("train", "test") for limit in (4, 99, None)}
+def test_some_train_variations_are_spread_over_all_and_those_of_test_are_the_first(simulator):
+    taken = {(split, limit): [variation for _, variation in split_variations(simulator, ["boil"], split, limit)]
+             for split in ("train", "test") for limit in (4, 99, None)}
     assert taken["train", 4] == [0, 3, 7, 10] and taken["train", 99] == taken["train", None] == list(range(14))
     assert taken["test", 4] == taken["test", None][:4] and taken["test", 99] == taken["test", None]
 
@@ -125,8 +115,7 @@ def test_of_what_an_agent_has_played_the_lowest_solved_variations_can_be_kept_fo
     ordered = sorted(read_episodes(data), key=lambda episode: episode["variation"])
     episodes = [{**episode, "score": 100 - episode["variation"] % 3} for episode in ordered]
     del episodes[0]["annotator"], episodes[1]["annotator"]
-    played, output = tmp_path / "played.jsonl", tmp_path / "solved.jsonl"
-    played.write_text("".join(json.dumps(episode) + "\n" for episode in reversed(episodes)))
+    played, output = written(tmp_path / "played.jsonl", episodes[::-1]), tmp_path / "solved.jsonl"
     said = run("annotate.py", "--input", played, "--annotator", "keep", "--tasks", "all,-7-1", "--output", output,
                "--variations", 3)
     mine = [episode for episode in episodes if episode["task"] == "find-non-living-thing"][:3]
@@ -138,22 +127,17 @@ def test_of_what_an_agent_has_played_the_lowest_solved_variations_can_be_kept_fo
 # ---- Files
 
 
-@pytest.mark.parametrize(
-    "text, complaint",
-    [
-        (None, "cannot be read"),
-        ("", "is empty"),
-        ('{"task": "boil"}\n', "line 1: not an episode"),
-        ('{"task": "boil", "ste', "line 1: not a whole JSON record"),
-    ],
-)
-def test_missing_empty_foreign_and_torn_files_are_refused_by_line(tmp_path, capsys, text, complaint):
+@pytest.mark.parametrize("text, complaint", [
+    (None, "cannot be read"),
+    ("", "is empty"),
+    ('{"task": "boil"}\n', "line 1: not an episode"),
+    ('{"task": "boil", "ste', "line 1: not a whole JSON record"),
+])
+def test_missing_empty_foreign_and_torn_files_are_refused_by_line(tmp_path, refusal, text, complaint):
     path = tmp_path / "data.jsonl"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit) as ended:
-        read_episodes(path)
-    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+    assert complaint in refusal(annotate, "--input", path, "--output", tmp_path / "out.jsonl")
 
 
 def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path, data):
@@ -169,34 +153,28 @@ def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path, data):
 
 @pytest.mark.parametrize(
     "text", ['{"my": "notes"}', '{"my": "notes"}\n{"more', "Dear diary,\ntoday", '{\n "task": "x"\n}'])
-def test_a_foreign_file_named_as_output_is_refused_and_keeps_every_byte(tmp_path, text):
+def test_a_foreign_file_named_as_output_is_refused_and_keeps_every_byte(tmp_path, refusal, text):
     path = tmp_path / "mine.json"
     path.write_text(text)
-    refused = run("annotate.py", "--input", EXAMPLES, "--annotator", "rules", "--output", path, code=2)
-    assert "name another" in refused.stderr.lower()
+    assert "name another" in refusal(annotate, "--input", EXAMPLES, "--annotator", "rules", "--output", path)
     with pytest.raises(SystemExit, match="2"):
         JsonLines(path)
     assert path.read_text() == text
 
 
-def test_an_output_of_another_annotator_or_of_rules_since_edited_is_refused_and_can_be_made_anew(tmp_path):
-    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
-    script = Path(shutil.copy(ROOT / "annotate.py", tmp_path))
+def test_an_output_of_another_annotator_or_of_rules_since_edited_is_refused_and_can_be_made_anew(
+        tmp_path, call, refusal, monkeypatch):
     output = tmp_path / "out.jsonl"
-
-    def refused(annotator: str) -> str:
-        done = subprocess.run([sys.executable, script, "--input", EXAMPLES, "--tasks", "boil", "--output", output,
-                               "--annotator", annotator], capture_output=True, text=True)
-        assert done.returncode == (2 if done.stderr.startswith("annotate.py: ") else 0)
-        return done.stderr
-
-    assert "was made with" not in refused("rules")
+    flags = ["--input", EXAMPLES, "--tasks", "boil", "--output", output, "--annotator"]
+    call(annotate, *flags, "rules")
     kept = output.read_bytes()
-    assert "was made with annotator rules, this run has examples" in refused("examples")
-    script.write_text(script.read_text().replace('("find(X)",', '("take_out(X)",'))
-    assert "was made with another version of rules" in refused("rules") and output.read_bytes() == kept
+    assert "was made with annotator rules, this run has examples" in refusal(annotate, *flags, "examples")
+    monkeypatch.setattr(annotate, "RULES", annotate.RULES[1:])
+    assert "was made with another version of rules" in refusal(annotate, *flags, "rules")
+    assert output.read_bytes() == kept
     output.unlink()
-    assert "was made with" not in refused("examples") and output.stat().st_size
+    call(annotate, *flags, "examples")
+    assert output.stat().st_size
 
 
 # ---- Deaths

@@ -4,15 +4,20 @@ import json
 from functools import partial
 
 import pytest
+import torch
 from conftest import kill_when, run
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer, DataCollatorForSeq2Seq, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM,
+    Qwen3Config, Qwen3ForCausalLM, T5GemmaConfig, T5GemmaForConditionalGeneration, TrainingArguments
+)
 
-import train_subgoal
 from annotate import read_episodes
 from evaluate import Student
+from train_action import action_examples
 from train_subgoal import (
-    PROMPTS, Examples, answers, examples_of, frame_of, make_trainer, model_class, new_tokenizer, question_tokens,
-    render, token_loss
+    ABOUT, PROMPTS, Examples, answers, examples_of, frame_of, make_trainer, model_class, new_model, new_tokenizer,
+    question_tokens, render, token_loss, with_adapters
 )
 
 DECODERS = ["llama", "qwen3", "gemma3"]
@@ -25,8 +30,6 @@ TEMPLATE = (PROMPTS / "action_compact.jinja").read_text()
 @pytest.fixture(scope="module")
 def texts(data) -> list[tuple[str, str]]:
     """(question, answer) of the executor."""
-    from train_action import action_examples
-
     return [(render(TEMPLATE, state), answer) for episode in read_episodes(data)
             for state, answer in action_examples(episode)]
 
@@ -34,12 +37,6 @@ def texts(data) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, texts) -> dict:
     """A folder of each architecture: random weights, a small tokenizer, for Qwen a chat template, too."""
-    import torch
-    from transformers import (
-        Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
-        T5GemmaConfig, T5GemmaForConditionalGeneration
-    )
-
     torch.manual_seed(0)
     tokenizer = new_tokenizer([text for example in texts for text in example], [])
     shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32,
@@ -48,7 +45,7 @@ def folders(tmp_path_factory, texts) -> dict:
     kinds = ["sliding_attention", "full_attention"]
     half = {**shape, **windows, "layer_types": kinds}
     models = {
-        "t5": train_subgoal.new_model("nano", len(tokenizer)),
+        "t5": new_model("nano", len(tokenizer)),
         "t5gemma": T5GemmaForConditionalGeneration(T5GemmaConfig(
             encoder=half, decoder=half, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1)),
         "llama": LlamaForCausalLM(LlamaConfig(**shape)),
@@ -65,8 +62,6 @@ def folders(tmp_path_factory, texts) -> dict:
 
 def loaded(folder) -> tuple:
     """(model, tokenizer, what student.json would say) of a folder."""
-    from transformers import AutoTokenizer
-
     model, tokenizer = model_class(folder).from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     frame = frame_of(tokenizer, not model.config.is_encoder_decoder)
     return model, tokenizer, dict(frame=frame, max_source_length=256, max_target_length=20)
@@ -149,26 +144,21 @@ def test_an_answer_does_not_depend_on_what_shares_its_batch(folders, texts, name
 
 @pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
 def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<start>", "</s>", "a", "b", "c", "d"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<start>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(bos_token="<start>", unk_token="<start>", eos_token="</s>", pad_token="</s>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    tokenizer = new_tokenizer([], ["a", "b", "c", "d"])
+    tokenizer.bos_token = "<pad>"
+    tokenizer.save_pretrained(tmp_path)
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     # The next word depends on the last one alone: of "b" the likelihood is 0.45, of "a c d" 0.27, but a word's more.
-    follows = {"<start>": {"a": 0.55, "b": 0.45}, "a": {"c": 0.7, "</s>": 0.3}, "c": {"d": 0.7, "c": 0.3}}
+    follows = {"<pad>": {"▁a": 0.55, "▁b": 0.45}, "▁a": {"▁c": 0.7, "</s>": 0.3}, "▁c": {"▁d": 0.7, "▁c": 0.3}}
     likelihoods = [[follows.get(last, {"</s>": 1}).get(word, 1e-9) for last in words] for word in words]
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=6, hidden_size=6, intermediate_size=6, num_hidden_layers=1,
-                                         num_attention_heads=1, head_dim=6, tie_word_embeddings=False))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=len(words), intermediate_size=6,
+                                         num_hidden_layers=1, num_attention_heads=1, head_dim=6))
     for name, weight in model.named_parameters():
         torch.nn.init.constant_(weight, float("norm" in name))
     torch.nn.init.eye_(model.model.embed_tokens.weight)
-    model.lm_head.weight.data = torch.tensor(likelihoods).log() / 6**0.5  # which is the 1 of 6 when it is normalised
+    model.lm_head.weight.data = torch.tensor(likelihoods).log() / len(words)**0.5  # what norms make of a row of eye_
     model.save_pretrained(tmp_path)
-    (tmp_path / train_subgoal.ABOUT).write_text(json.dumps(dict(
+    (tmp_path / ABOUT).write_text(json.dumps(dict(
         role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9)))
     student = Student(tmp_path, "action", engine)
     assert student.answers([{"text": "c"}, {"text": "a b"}], beams=5, best=3) == 2 * [["b", "a c d", "a"]]
@@ -177,17 +167,15 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
 
 def test_merged_adapters_answer_as_unmerged_ones(folders, texts):
     """Told by the likelihood of each token: beams of a random model differ by so little that rounding reorders them."""
-    import torch
-
+    @torch.inference_mode()
     def likelihoods(model):
-        with torch.inference_mode():
-            return torch.cat([model(torch.tensor([row])).logits[0].log_softmax(-1) for row in questions])
+        return torch.cat([model(torch.tensor([row])).logits[0].log_softmax(-1) for row in questions])
 
     torch.manual_seed(0)
     model, tokenizer, about = loaded(folders["llama"])
-    questions = train_subgoal.question_tokens(tokenizer, [text for text, _ in texts[:6]], about)
+    questions = question_tokens(tokenizer, [text for text, _ in texts[:6]], about)
     plain = likelihoods(model)
-    model = train_subgoal.with_adapters(model, 4).eval()
+    model = with_adapters(model, 4).eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
@@ -196,18 +184,21 @@ def test_merged_adapters_answer_as_unmerged_ones(folders, texts):
     assert (plain - adapted).abs().max() > 0.1
 
 
-def test_a_killed_training_by_adapters_goes_on_to_the_same_weights(tmp_path, folders, data):
-    import torch
-    from safetensors.torch import load_file
-
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    more = ["--lora", 4, "--max_steps", 30, "--eval_steps", 5, "--save_steps", 5]
-    kill_when("train_action.py", *flags(folders["llama"], data, killed, *more),
-              ready=lambda: list(killed.glob("checkpoint-*/trainer_state.json")))
-    assert "going on from step" in run("train_action.py", *flags(folders["llama"], data, killed, *more)).stdout
-    run("train_action.py", *flags(folders["llama"], data, whole, *more))
-    one, other = (load_file(folder / "model.safetensors") for folder in (killed, whole))
+@pytest.mark.parametrize("script, model, more", [
+    ("train_subgoal.py", "nano", []), ("train_action.py", "nano", []), ("train_action.py", "llama", ["--lora", 4])])
+def test_a_killed_training_goes_on_and_ends_with_the_weights_of_one_that_was_not(
+        tmp_path, folders, data, script, model, more):
+    killed, whole = (
+        flags(folders.get(model, model), data, tmp_path / name, *more, "--max_steps", 40, "--eval_steps", 5,
+              "--save_steps", 5, "--per_device_train_batch_size", 16, "--learning_rate", 1e-3)
+        for name in ("killed", "whole"))
+    kill_when(script, *killed, ready=lambda: list(tmp_path.glob("killed/checkpoint-*/trainer_state.json")))
+    assert "going on from step" in run(script, *killed).stdout
+    run(script, *whole)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (json.loads((tmp_path / name / ABOUT).read_text()) for name in ("killed", "whole"))
+    assert one == other
 
 
 @pytest.mark.parametrize("config", [

@@ -1,41 +1,31 @@
 """The report: what it says of episodes, and the page in a real browser."""
 
-import json
 import os
 import re
 import shutil
 
 import pytest
-from conftest import run
+from conftest import run, step_of, written
 from playwright.sync_api import expect, sync_playwright
 
+import evaluate
 from evaluate import STUCK, TASKS, diagnose, gather, interval, over_moves, write_report
 
 MARKUP = "</script></style><img src=x onerror=alert(1)><b>$x$ |` {{ 7 * 7 }} &lt;"
 FREE = dict(annotators=["rules"], trajectories=9, calls=0, prompt_tokens=0, completion_tokens=0, dollars=0)
 
 
-def step(subgoal="wait()", action="wait", score=0, **more) -> dict:
-    return dict(look="A room.", inventory="", subgoal=subgoal, action=action, observation="", score=score) | more
-
-
 def episode(task: str, variation: int, score: int, **more) -> dict:
-    steps = [step(score=score, look=f"A room at {n} o'clock.") for n in range(4)]
+    steps = [step_of(score=score, look=f"A room at {n} o'clock.") for n in range(4)]
     said = dict(description="Boil.", split="test", simplifications="easy", agent="hierarchical", subgoals="model",
                 models="", parameters={"planner": 10**6, "executor": 10**6}, seen=True, teacher=FREE, ended="done",
                 steps=steps, invalid=[0], repaired=[], seconds=1.0)
     return dict(task=task, variation=variation, score=score) | said | more
 
 
-def written(folder, episodes: list[dict], name: str = "episodes") -> str:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in episodes))
-    return str(path)
-
-
 def report(folder, episodes: list[dict]) -> str:
     """The Markdown of a report on some episodes, its cells without padding, its sentences in one line."""
-    write_report([written(folder, episodes)], folder / "report")
+    write_report([written(folder / "played.jsonl", episodes)], folder / "report")
     return re.sub(r" +|\n(?=\w)", " ", (folder / "report.md").read_text())
 
 
@@ -44,7 +34,7 @@ def bounds(folder, *agents: list[list[int]]) -> tuple[float, float]:
     tables = []
     for copies in agents:
         played = [episode("boil", n, score, models=str(id(copy))) for copy in copies for n, score in enumerate(copy)]
-        tables.append(gather([written(folder, played)]))
+        tables.append(gather([written(folder / "played.jsonl", played)]))
     return interval(*tables)
 
 
@@ -104,16 +94,15 @@ def test_all_thirty_tasks_give_the_mean_of_the_24_that_others_report(tmp_path):
     (episode("bake", 2, 100), "did not play"),
     ({k: v for k, v in episode("boil", 2, 100).items() if k != "ended"}, "did not play"),
 ])
-def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, capsys, second, complaint):
-    files = [written(tmp_path, [episode("boil", 1, 0)], "one"), written(tmp_path, [second], "two")]
-    with pytest.raises(SystemExit, match="2"):
-        write_report(files, tmp_path / "report")
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1 and not (tmp_path / "report.md").exists()
+def test_files_that_do_not_go_together_are_refused_in_one_sentence(tmp_path, refusal, second, complaint):
+    files = [written(tmp_path / "one.jsonl", [episode("boil", 1, 0)]), written(tmp_path / "two.jsonl", [second])]
+    assert complaint in refusal(evaluate, "--report-only", *files, "--report", tmp_path / "report")
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_both_files_are_byte_for_byte_the_same_from_the_same_episodes(tmp_path):
-    path = written(tmp_path, [episode("boil", 1, 100), episode("boil", 1, 0, agent="flat", subgoals="none")])
+    flat = episode("boil", 1, 0, agent="flat", subgoals="none")
+    path = written(tmp_path / "played.jsonl", [episode("boil", 1, 100), flat])
     done = run("evaluate.py", "--report-only", path, "--report", tmp_path / "a" / "report.md")
     assert done.stdout == write_report([path], tmp_path / "b.md" / "report") + "\n" and "| 1-1 boil" in done.stdout
     for name in ("report.md", "report.html"):
@@ -157,9 +146,9 @@ def test_experts_are_hardly_ever_called_stuck(experts):
 
 
 @pytest.mark.parametrize("steps, stuck", [
-    ([step(look=f"It is {n} o'clock.") for n in range(30)], []),
-    ([step()] * 12, [*range(STUCK, 12)]),
-    ([step()] * STUCK + [step("wait(longer)")] * STUCK, []),
+    ([step_of(look=f"It is {n} o'clock.") for n in range(30)], []),
+    ([step_of()] * 12, [*range(STUCK, 12)]),
+    ([step_of()] * STUCK + [step_of("wait(longer)")] * STUCK, []),
 ])
 def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need(steps, stuck):
     assert diagnose(episode("boil", 1, 0, steps=steps, ended="moves"))["stuck"] == stuck
@@ -170,7 +159,7 @@ def test_an_agent_is_stuck_when_it_repeats_itself_longer_than_experts_need(steps
     (100, "done", "solved", None),
 ])
 def test_the_diagnosis_names_the_step_at_which_an_episode_broke(score, ended, ending, broke):
-    steps = [step(score=n) for n in (0, 20, 20, 40, 40, 40)]
+    steps = [step_of(score=n) for n in (0, 20, 20, 40, 40, 40)]
     told = diagnose(episode("boil", 1, score, steps=steps, ended=ended))
     assert (told["ending"], told["broke"]) == (ending, broke)
 
@@ -181,7 +170,7 @@ def test_the_diagnosis_names_the_step_at_which_an_episode_broke(score, ended, en
     (["focus on wire", "move wire to red box"], "wrong move", "0% | 100%"),
 ])
 def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_path, actions, ending, shares):
-    steps = [step("wait()"), *(step("focus_on(a)", action, -100) for action in actions)]
+    steps = [step_of("wait()"), *(step_of("focus_on(a)", action, -100) for action in actions)]
     failed = episode("boil", 1, 0, steps=steps, ended="failed")
     told = diagnose(failed)
     assert (told["ending"], told["broke"]) == (ending, len(actions))
@@ -190,7 +179,7 @@ def test_what_fails_a_task_for_good_is_a_wrong_focus_only_if_it_was_a_focus(tmp_
 
 def test_an_agent_without_sub_goals_is_never_stuck_at_one(tmp_path):
     flat = dict(agent="flat", subgoals="none", ended="moves", invalid=[0, 1], repaired=[1])
-    lost = episode("boil", 1, 0, steps=[step(None)] * 20, **flat)
+    lost = episode("boil", 1, 0, steps=[step_of(None)] * 20, **flat)
     assert "| flat | 0% | 0% | 0% | 0% | 100% | 0% | 5% | 5% | | 20.0 |" in report(tmp_path, [lost])
     assert diagnose(lost)["stuck"] == []
 
@@ -214,9 +203,9 @@ def browser():
 def site(tmp_path_factory) -> str:
     """The address of a report on two agents, one of them (and all its texts) trying to be markup."""
     folder = tmp_path_factory.mktemp("site")
-    walk = [step("navigate_to(kitchen)", "go to kitchen", 10), step("focus_on(pot)", "focus on cup", -100)]
-    long = [step("wait()", "wait", 5, look=f"Room {n}.") for n in range(100)]
-    evil = [step(*[MARKUP] * 2, 1, look=MARKUP, inventory=MARKUP, observation=MARKUP)] * 3
+    walk = [step_of("navigate_to(kitchen)", "go to kitchen", 10), step_of("focus_on(pot)", "focus on cup", -100)]
+    long = [step_of("wait()", "wait", 5, look=f"Room {n}.") for n in range(100)]
+    evil = [step_of(*[MARKUP] * 2, 1, look=MARKUP, inventory=MARKUP, observation=MARKUP)] * 3
     played = [
         episode("boil", 1, 100),
         episode("boil", 2, 0, steps=walk, ended="failed", invalid=[0], repaired=[0]),
@@ -224,7 +213,7 @@ def site(tmp_path_factory) -> str:
         episode("melt", 7, 1, steps=evil, agent=MARKUP, description=MARKUP, ended="moves", subgoals=MARKUP,
                 parameters={"executor": 10**8}, models="x", teacher=FREE | {"annotators": [MARKUP]}),
     ]
-    write_report([written(folder, played)], folder / "report")
+    write_report([written(folder / "played.jsonl", played)], folder / "report")
     return (folder / "report.html").as_uri()
 
 
@@ -262,8 +251,8 @@ def test_the_page_opens_with_all_its_plots_and_sections(page, site):
 
 def test_a_curve_holds_the_last_score_of_what_has_ended(tmp_path):
     scores = [(10, 20, 50), (40, -100), (100,)]
-    played = [episode("boil", n, 0, steps=[step(score=score) for score in each]) for n, each in enumerate(scores)]
-    assert over_moves(gather([written(tmp_path, played)])) == {"hierarchical": [0, 50, 40, 50]}
+    played = [episode("boil", n, 0, steps=[step_of(score=score) for score in each]) for n, each in enumerate(scores)]
+    assert over_moves(gather([written(tmp_path / "played.jsonl", played)])) == {"hierarchical": [0, 50, 40, 50]}
 
 
 def test_buttons_and_arrow_keys_step_through_the_replay(page, site):

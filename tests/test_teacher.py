@@ -3,7 +3,6 @@
 The client is the real one; the server (openai_server.py) speaks the real protocol and misbehaves on purpose.
 """
 
-import json
 import os
 import random
 import re
@@ -17,11 +16,11 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT, wait_until, written
 from openai_server import BEFORE_THE_ANSWER, MODEL, Server
 
 from annotate import (
-    EXAMPLES, actions_of, answer_for, labels_of, read_episodes, read_response, whole_records, worked_examples
+    EXAMPLES, actions_of, answer_for, labels_of, pair_of, read_episodes, read_response, whole_records, worked_examples
 )
 
 KEY = "sk-tests-6f1c0ffee5ecre7"
@@ -33,7 +32,7 @@ def trajectories(path: Path, number: int, longest: int = 40) -> list[dict]:
     episodes = [{**episode, "variation": 1000 + i, "description": f"{episode['description']} Trial {i}.",
                  "steps": [{**step, "subgoal": None} for step in episode["steps"]]}
                 for i, episode in enumerate(islice(cycle(real), number))]
-    path.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+    written(path, episodes)
     return episodes
 
 
@@ -44,12 +43,7 @@ class House:
         self.folder, self.input = folder, folder / "input.jsonl"
         self.output = folder / "out.jsonl.part"  # as make calls what is not finished
         self.script = ROOT / "annotate.py"
-        self.source, self.servers = ["--input", self.input], []
-
-    def serve(self, **settings) -> Server:
-        """A server that runs until the test is over."""
-        self.servers.append(Server(**settings))
-        return self.servers[-1]
+        self.source = ["--input", self.input]
 
     def start(self, server: Server | None, *more, key: str = KEY, limit: int | str = "unlimited") -> subprocess.Popen:
         """Start the command, with `limit` blocks of 1,024 bytes that a file may have."""
@@ -75,20 +69,17 @@ class House:
     def check(self, episodes: list[dict]):
         """All are labelled, none twice, each step's action is the expert's, its sub-goal the answer's."""
         annotated = read_episodes(self.output)
-        expert = {(e["task"], e["variation"]): actions_of(e) for e in episodes}
-        assert Counter((e["task"], e["variation"]) for e in annotated) == Counter(expert.keys())
+        expert = {pair_of(e): actions_of(e) for e in episodes}
+        assert Counter(map(pair_of, annotated)) == Counter(expert.keys())
         for episode in annotated:
-            assert actions_of(episode) == expert[episode["task"], episode["variation"]]
+            assert actions_of(episode) == expert[pair_of(episode)]
             assert labels_of(episode) == [f"step_of_three({i // 3 + 1})" for i in range(len(episode["steps"]))]
             assert (episode["annotator"], episode["answer"]) == (MODEL, "asked") and episode["usage"]["calls"] >= 1
 
 
 @pytest.fixture
 def house(tmp_path):
-    house = House(tmp_path)
-    yield house
-    for server in house.servers:
-        server.close()
+    return House(tmp_path)
 
 
 # ---- A server that misbehaves
@@ -98,7 +89,7 @@ def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_liste
     faults = [*BEFORE_THE_ANSWER, "truncated", "ignored", "nothing", "no completion", "too long"]
     episodes = trajectories(house.input, 80)
     fault_of = dict(zip((e["description"] for e in episodes[::4]), cycle(faults), strict=False))
-    server = house.serve(faults=fault_of.get, key=KEY)
+    server = Server(faults=fault_of.get, key=KEY)
     text = house.annotate(server, "--concurrency", 16, "--timeout", 2, code=1)
     refused = {task for task, fault in fault_of.items() if fault == "too long"}
     undone = refused | {task for task, fault in fault_of.items() if fault not in BEFORE_THE_ANSWER}
@@ -121,7 +112,7 @@ def test_errors_on_the_way_cost_nothing_and_what_has_no_readable_answer_is_liste
     ("ignored", "none of 10 answers could be read", 10), ("no quota", "exceeded your current quota", 9)])
 def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, fault, words, most):
     trajectories(house.input, 40)
-    server = house.serve()
+    server = Server()
     server.always = fault
     text = house.annotate(server, "--concurrency", 1, code=1)
     assert words in text.splitlines()[-1] and len(server.times) == most
@@ -132,7 +123,7 @@ def test_a_server_of_no_use_is_not_asked_about_every_trajectory(house, fault, wo
 
 def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house):
     episodes = trajectories(house.input, 120, longest=25)
-    server, moments = house.serve(seconds=0.1), random.Random(7)
+    server, moments = Server(seconds=0.1), random.Random(7)
     for _ in range(4):
         goal = len(house.responses()) + moments.randrange(1, 8)
         process = house.start(server, "--concurrency", 8)
@@ -147,7 +138,7 @@ def test_kill_9_again_and_again_pays_for_no_written_answer_twice(house):
 
 
 def test_of_a_torn_file_a_report_reads_what_is_whole_and_a_run_asks_for_the_rest(house):
-    episodes, server = trajectories(house.input, 6), house.serve()
+    episodes, server = trajectories(house.input, 6), Server()
     house.annotate(server, "--concurrency", 1)
     responses = house.folder / "out.responses.jsonl"
     torn = responses.read_bytes()[:-50]
@@ -160,7 +151,7 @@ def test_of_a_torn_file_a_report_reads_what_is_whole_and_a_run_asks_for_the_rest
 
 
 def test_a_second_run_is_refused_and_ctrl_c_waits_for_the_answers_under_way(house):
-    episodes, server = trajectories(house.input, 60), house.serve(seconds=1)
+    episodes, server = trajectories(house.input, 60), Server(seconds=1)
     process = house.start(server, "--concurrency", 6)
     wait_until(lambda: len(server.times) >= 6, process)
     assert "another run" in house.annotate(server, code=2)
@@ -174,17 +165,18 @@ def test_a_second_run_is_refused_and_ctrl_c_waits_for_the_answers_under_way(hous
     assert sum(server.paid.values()) == 60
 
 
-def test_on_a_full_disk_no_more_is_asked(house):
-    trajectories(house.input, 60)
-    server = house.serve(seconds=0.05)
+def test_on_a_full_disk_no_more_is_asked_and_the_same_command_goes_on_when_there_is_room(house):
+    episodes, server = trajectories(house.input, 60), Server(seconds=0.05)
     process = house.start(server, "--concurrency", 4, limit=20)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Make room" in text and "Traceback" not in text
     assert len(server.times) <= len(house.responses()) + 4
+    house.annotate(server)
+    house.check(episodes)
 
 
 def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house):
-    server, store = house.serve(seconds=0.3), house.folder / "out.trajectories.jsonl"
+    server, store = Server(seconds=0.3), house.folder / "out.trajectories.jsonl"
     house.source = ["--tasks", "7-1", "--variations", 4, "--workers", 1, "--concurrency", 1]
     process = house.start(server)
     wait_until(lambda: len(house.responses()) >= 2, process)
@@ -201,7 +193,7 @@ def test_with_the_simulator_an_answer_is_about_the_trajectory_on_disk(house):
 
 
 def test_an_edited_prompt_asks_anew_and_an_unchanged_one_never_pays_twice(house):
-    episodes, server = trajectories(house.input, 5), house.serve()
+    episodes, server = trajectories(house.input, 5), Server()
     shutil.copytree(ROOT / "prompts", house.folder / "prompts")
     house.script = Path(shutil.copy(ROOT / "annotate.py", house.folder))
     system = house.folder / "prompts" / "annotate_system.jinja"
@@ -245,7 +237,7 @@ def test_a_question_shows_boiling_water_then_an_example_of_the_same_task_type():
 
 def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house):
     episodes = trajectories(house.input, 50)
-    server = house.serve(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
+    server = Server(seconds=0.05, tokens=(1000, 500))  # 0.002 dollars each
     text = house.annotate(server, "--max-cost", 0.05, "--concurrency", 4, code=1)
     spent = sum(record["dollars"] for record in house.responses())
     assert spent == pytest.approx(0.002 * sum(server.paid.values())) and f"written, ${spent:.4f}" in text
@@ -260,7 +252,7 @@ def test_max_cost_stops_the_asking_and_a_higher_one_goes_on(house):
 
 def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house):
     trajectories(house.input, 20)
-    server, nowhere = house.serve(key=KEY), house.serve()
+    server, nowhere = Server(key=KEY), Server()
     nowhere.close()
     for words, at, *more, key in [
         ("there is no key", None, ""),
@@ -277,7 +269,7 @@ def test_a_user_error_is_one_sentence_and_exit_2_before_anything_is_asked(house)
 
 def test_the_key_is_in_no_file_and_no_message(house):
     episodes = trajectories(house.input, 12)
-    server = house.serve(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
+    server = Server(key=KEY, faults={e["description"]: "tell the key" for e in episodes[:4]}.get)
     house.annotate(server, code=1)
     assert "[key]" in (house.folder / "out.responses.jsonl").read_text()
     server.always = "echo"
@@ -288,7 +280,7 @@ def test_the_key_is_in_no_file_and_no_message(house):
 
 def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house):
     trajectories(house.input, 20)
-    server = house.serve()
+    server = Server()
     text = house.annotate(server, "--dry-run", key="")
     assert "20 calls" in text and "Nothing was sent" in text
     assert text.count("Sub-goals:") == 3 and "navigate_to(kitchen)" in text
@@ -303,7 +295,7 @@ def test_dry_run_counts_and_prints_one_prompt_and_sends_nothing(house):
 
 
 def test_propagate_asks_about_k_of_a_task_and_the_others_follow(house):
-    episodes, server = trajectories(house.input, 120), house.serve()
+    episodes, server = trajectories(house.input, 120), Server()
     house.annotate(server, "--propagate", 1)
     annotated = read_episodes(house.output)
     carried = [e for e in annotated if e["answer"] == "carried over"]

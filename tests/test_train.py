@@ -7,17 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, kill_when, run
+from conftest import ROOT, Says, command, run, step_of, written
+from transformers import AutoTokenizer
 
 import train_action
 import train_subgoal
-from annotate import Simulator, read_episodes
+from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
@@ -35,46 +35,31 @@ def template(name: str) -> str:
 # ---- What the students are shown -------------------------------------------------------------------------------------
 
 
-class Expert:
-    """Stands in a student's place, answers as the expert, and keeps what it was shown."""
-
-    def __init__(self, template: str):
-        self.template, self.shown, self.answer = template, [], None
-
-    def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
-        self.shown += [render(self.template, state) for state in states]
-        return [[self.answer]] * len(states)
-
-
-@pytest.mark.parametrize("wording", ["", "_compact"])
-def test_training_and_acting_show_the_same_text_for_the_same_state(experts, wording):
-    to_planner, to_executor = template(f"subgoal{wording}"), template(f"action{wording}")
-    for episode in experts:
-        planner, executor, flat = Expert(to_planner), Expert(to_executor), Expert(to_executor)
-        agent, baseline = Agent(executor, planner, "model", [], beams=1), Agent(flat, None, "none", [], beams=1)
-        live = Live(episode["task"], episode["variation"])
-        live.description = episode["description"]
-        for _, step in trained_states(episode):
-            live.state = {"look": step["look"], "inventory": step["inventory"]}
-            planner.answer, executor.answer, flat.answer = step["subgoal"], step["action"], step["action"]
-            assert agent.choose([live]) == ([step["subgoal"]], [[step["action"]]])
-            assert baseline.choose([live]) == ([None], [[step["action"]]])
-            live.note(step["subgoal"], step["action"], step["observation"], step["score"])
-        assert planner.shown == [render(to_planner, state) for state, _ in subgoal_examples(episode)]
-        assert executor.shown == [render(to_executor, state) for state, _ in action_examples(episode)]
-        assert flat.shown == [render(to_executor, state) for state, _ in action_examples(episode, flat=True)]
-
-
-def test_the_planner_never_sees_the_subgoal_that_it_is_to_name(experts):
-    for episode in experts:
-        examples = list(subgoal_examples(episode))
-        assert [state["subgoal"] for state, _ in examples] == [None, *(subgoal for _, subgoal in examples[:-1])]
+@pytest.mark.parametrize("number", range(30))
+def test_training_and_acting_show_the_same_of_a_state_and_the_flat_baseline_no_subgoal(experts, number):
+    episode = experts[number]
+    steps = [step for _, step in trained_states(episode)]
+    live = Live(episode["task"], episode["variation"])
+    live.description = episode["description"]
+    planner = Says(lambda state: [steps[len(live.steps)]["subgoal"]])
+    executor, flat = (Says(lambda state: [steps[len(live.steps)]["action"]]) for _ in range(2))
+    agent, baseline = Agent(executor, planner, "model", [], beams=1), Agent(flat, None, "none", [], beams=1)
+    for step in steps:
+        live.state = {"look": step["look"], "inventory": step["inventory"]}
+        assert agent.choose([live]) == ([step["subgoal"]], [[step["action"]]])
+        assert baseline.choose([live]) == ([None], [[step["action"]]])
+        live.note(step["subgoal"], step["action"], step["observation"], step["score"])
+    assert planner.states == [state for state, _ in subgoal_examples(episode)]
+    assert executor.states == [state for state, _ in action_examples(episode)]
+    assert flat.states == [state for state, _ in action_examples(episode, flat=True)]
+    for wording in ("action", "action_compact"):
+        texts = [render(template(wording), state) for state in flat.states]
+        assert not any(step["subgoal"] in text for step in steps for text in texts)
 
 
 def test_a_small_planner_is_shown_all_that_it_has_done_and_whether_the_last_step_changed_anything():
     names = ["find(pot)", "heat(pot, stove)", "find(pot)", "wait()", "wait()"]
-    steps = [dict(look=f"It is {hour}.", inventory="", subgoal=name, action="wait", observation="", score=0)
-             for hour, name in enumerate(names)]
+    steps = [step_of(name, look=f"It is {hour}.") for hour, name in enumerate(names)]
     text = render(template("subgoal_compact"), state_of("Boil.", steps, steps[-1]["look"], ""))
     assert "done: heat(pot, stove) ; find(pot) 2 times ; | now: wait() for 2 steps |" in text
     assert "nothing changed" in text
@@ -82,12 +67,12 @@ def test_a_small_planner_is_shown_all_that_it_has_done_and_whether_the_last_step
 
 
 def test_a_small_planner_remembers_what_it_has_measured_and_read():
-    steps = [dict(look="", inventory="", subgoal=name, action=action, observation=observation, score=0)
-             for name, action, observation in (
-                 ("time(plane a)", "look at plane a", "a block at the bottom"),
-                 ("time(plane a)", "examine stopwatch", "The time reads 24 ticks."),
-                 ("read(recipe)", "read recipe", "To make salt water, you need to mix sodium chloride, water."),
-                 ("drop(recipe)", "drop recipe", "You drop it."), ("time(plane b)", "examine stopwatch", "9 ticks"))]
+    steps = [
+        step_of("time(plane a)", "look at plane a", observation="a block at the bottom"),
+        step_of("time(plane a)", "examine stopwatch", observation="The time reads 24 ticks."),
+        step_of("read(recipe)", "read recipe", observation="To make salt water, you need to mix sodium chloride."),
+        step_of("drop(recipe)", "drop recipe", observation="You drop it."),
+        step_of("time(plane b)", "examine stopwatch", observation="9 ticks")]
     state = state_of("Which?", steps, "", "")
     assert list(state["results"]) == ["time(plane a)", "read(recipe)"], "of what is finished, and was done to know it"
     shown = render(template("subgoal_compact"), state)
@@ -95,14 +80,14 @@ def test_a_small_planner_remembers_what_it_has_measured_and_read():
     assert "did: drop recipe ; examine stopwatch ; less ticks" in shown
 
 
-def test_students_say_everything_in_small_letters_and_once_which_the_simulator_takes(experts):
+def test_students_say_everything_in_small_letters_and_once_which_the_simulator_takes(experts, simulator):
     step = {**experts[0]["steps"][0], "subgoal": "focus_on(baby baby B)", "action": "Focus on baby baby B",
             "observation": ""}
     episode = {**experts[0], "steps": [step]}
     assert [answer for _, answer in subgoal_examples(episode)] == ["focus_on(baby b)"]
     assert [(state["subgoal"], answer) for state, answer in action_examples(episode)] == [
         ("focus_on(baby b)", "focus on baby b")]
-    with closing(Simulator()) as simulator, simulator.watched():
+    with simulator.watched():
         game = simulator.game()
         game.load("test-conductivity-of-unknown-substances", 0)
         [name] = set(re.findall("unknown substance [A-Z]", game.server.getTaskDescription()))
@@ -115,22 +100,13 @@ def test_students_say_everything_in_small_letters_and_once_which_the_simulator_t
 
 
 def test_what_has_no_subgoals_is_neither_learned_from_nor_played_by(tmp_path, experts, students):
-    path, episode = tmp_path / "unnamed.jsonl", experts[0]
-    nameless = [{**step, "subgoal": None} for step in episode["steps"]]
-    path.write_text(json.dumps({**episode, "steps": nameless}) + "\n")
+    episode, nameless = experts[0], [{**step, "subgoal": None} for step in experts[0]["steps"]]
+    path = written(tmp_path / "unnamed.jsonl", [{**episode, "steps": nameless}])
     for flags in (["train_subgoal.py", "--data", path, "--model", "nano", "--output_dir", tmp_path / "out"],
                   ["evaluate.py", "--subgoals", "oracle", "--data", path, "--action-model", students["action"],
                    "--output", tmp_path / "out.jsonl"],
                   ["annotate.py", "--annotator", "keep", "--input", path, "--output", tmp_path / "kept.jsonl"]):
         assert f"{episode['variation']} has no sub-goals. Annotate it" in run(*flags, code=2).stderr
-
-
-@pytest.mark.parametrize("name", ["action", "action_compact"])
-def test_the_flat_baseline_sees_no_subgoal(experts, name):
-    for episode in experts:
-        subgoals = {step["subgoal"] for step in episode["steps"]}
-        for state, _ in action_examples(episode, flat=True):
-            assert not any(subgoal in render(template(name), state) for subgoal in subgoals)
 
 
 def test_looks_closed_doors_and_what_was_done_in_vain_are_left_out_of_examples_and_history(experts):
@@ -161,10 +137,8 @@ def test_the_compact_wording_says_whether_a_measurement_is_more_or_less_than_the
         "more degrees")
 
 
-def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_tasks_that_it_has_not_seen(
-        experts, students):
-    from transformers import AutoTokenizer
-
+def test_a_tokenizer_from_scratch_gives_back_all_that_is_said_and_keeps_whole_what_is_to_be_copied(experts, students):
+    """Of tasks that it has not seen, too; the same word is one token wherever it stands."""
     tokenizer = AutoTokenizer.from_pretrained(students["subgoal"])
     said = {step[field] for episode in experts for _, step in trained_states(episode)
             for field in ("subgoal", "action")}
@@ -172,16 +146,17 @@ def test_a_tokenizer_from_scratch_gives_back_every_subgoal_and_action_even_of_ta
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     assert all("▁kitchen" in tokenizer.tokenize(text) for text in (
         "navigate_to(kitchen)", "go to kitchen", "found in the kitchen.", "Kitchen, hall", "the 'kitchen'",
-        "kitchen-red")), "to be copied, one token"
-
-
-def test_a_model_from_scratch_starts_with_a_cross_attention_that_copies():
-    attention = new_model("tiny", 100).decoder.block[0].layer[1].EncDecAttention
-    assert torch.allclose(attention.o.weight @ attention.v.weight, torch.eye(128), atol=1e-5)
+        "kitchen-red"))
+    words = simulator_words()
+    assert {"metal", "fork", "thermometer"} <= words and len(words) > 150
+    assert [word for word in words if len(tokenizer.tokenize(word)) > 1] == []
 
 
 def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_word_just_written():
-    """Untrained, it says of a text that it is to copy what follows with less surprise than without those heads."""
+    """Untrained, it says of a text that it is to copy what follows with less surprise than without those heads.
+
+    It does not, either, if the cross-attention's values do not reach the output as they are.
+    """
     torch.manual_seed(0)
     text = torch.randperm(900)[:120].reshape(2, 60) + 10
     losses = []
@@ -195,30 +170,18 @@ def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_w
     assert losses[0] < losses[1] - 0.5, losses
 
 
-def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each_word():
-    torch.manual_seed(0)
-    seen = new_model("tiny", 1000).encoder(torch.randint(1000, (1, 60)), output_attentions=True).attentions[0][0]
-    for head, places in enumerate((slice(29, 30), slice(31, 36), slice(15, 29))):
-        assert seen[head, 30, places].sum() > 0.9, "before, the next five, from the second to the fifteenth before"
-
-
-def test_a_model_from_scratch_starts_with_a_head_that_finds_a_words_other_mentions():
+def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each_word_and_its_other_mentions():
     torch.manual_seed(0)
     text = torch.randperm(900)[None, :120] + 10
     text[0, 20] = text[0, 100] = text[0, 60].item()
-    seen = new_model("tiny", 1000).encoder(text, output_attentions=True).attentions[1][0, 3]
-    assert seen[60, [20, 100]].sum() > 0.5 and seen[30, 30] > 0.5, "a word that stands alone looks at itself"
+    around, elsewhere = new_model("tiny", 1000).encoder(text, output_attentions=True).attentions
+    for head, places in enumerate((slice(29, 30), slice(31, 36), slice(15, 29))):
+        assert around[0, head, 30, places].sum() > 0.8, "before, the next five, from the second to the fifteenth before"
+    mentions, alone = elsewhere[0, 3, 60, [20, 100]], elsewhere[0, 3, 30, 30]
+    assert mentions.sum() > 0.5 and alone > 0.5, "a word that stands alone looks at itself"
 
 
 # ---- Names -----------------------------------------------------------------------------------------------------------
-
-
-def test_every_word_of_the_simulators_objects_is_one_token(students):
-    from transformers import AutoTokenizer
-
-    words, tokenizer = simulator_words(), AutoTokenizer.from_pretrained(students["action"])
-    assert {"metal", "fork", "thermometer"} <= words and len(words) > 150
-    assert [word for word in words if len(tokenizer.tokenize(word)) > 1] == []
 
 
 def test_renamed_objects_have_new_names_wherever_they_stand():
@@ -233,35 +196,23 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
     assert {wanted.startswith("move red box") + 2 * wanted.endswith("to table") for _, wanted in seen} == {0, 1, 2, 3}
 
 
-def test_a_renamed_letter_is_renamed_as_a_capital_too():
-    named = {"unknown substance b": 2}
-    text, answer = renamed("focus: unknown substance b | sees: unknown substance B", "focus on unknown substance b",
-                           named, ["wire"], random.Random(0), 1)
-    name = answer.removeprefix("focus on ")
-    assert "unknown" not in name and text == f"focus: {name} | sees: {name}"
-
-
-def test_what_stands_once_in_the_text_keeps_its_name_unless_the_task_names_it():
-    text, answer = "task: boil egg | sees: stone", "find(egg)"
-    for task, kept in (("boil the substance", True), ("boil egg", False)):
-        named = named_in(task, [answer])
-        assert (renamed(text, answer, named, ["wire"], random.Random(0), 1) == (text, answer)) == kept
-
-
-def test_a_word_that_the_task_shares_with_an_object_is_renamed_in_task_look_and_answer():
-    task, answer = "focus on the life stages of the turtle", "focus on egg turtle"
-    named = named_in(task, [answer])
-    assert named["turtle"] == 1 and "egg" not in named
-    text, answer = renamed(f"task: {task} | sees: turtle egg", answer, named, ["wire"], random.Random(0), 1)
-    name = answer.removeprefix("focus on egg ")
-    assert "turtle" not in name and text == f"task: focus on the life stages of the {name} | sees: {name} egg"
-
-
-def test_a_subgoals_function_keeps_its_name_where_an_object_has_the_same():
-    text, answer = renamed("task: grow a plant | now: plant(pea plant)", "plant(plant)", {"plant": 1}, ["wire"],
-                           random.Random(0), 1)
-    name = answer.removeprefix("plant(").removesuffix(")")
-    assert "plant" not in name and text == f"task: grow a {name} | now: plant(pea {name})"
+@pytest.mark.parametrize("text, answer, new_text, new_answer", [
+    # in small letters and capitals
+    ("task: focus | sees: unknown substance b , unknown substance B", "focus on unknown substance b",
+     "task: focus | sees: wire , wire", "focus on wire"),
+    # what stands once in the text keeps its name, unless the task names it
+    ("task: boil it | sees: egg", "find(egg)", "task: boil it | sees: egg", "find(egg)"),
+    ("task: boil egg | sees: stone", "find(egg)", "task: boil wire | sees: stone", "find(wire)"),
+    # the word that the task shares with an object
+    ("task: focus on the life stages of the turtle | sees: turtle egg", "focus on egg turtle",
+     "task: focus on the life stages of the wire | sees: wire egg", "focus on egg wire"),
+    # a sub-goal's function keeps its name, where an object has the same
+    ("task: grow a plant | now: plant(pea plant)", "plant(plant)",
+     "task: grow a wire | now: plant(pea wire)", "plant(wire)"),
+])
+def test_objects_are_renamed_in_task_look_and_answer_alike(text, answer, new_text, new_answer):
+    named = named_in(text.partition(" | ")[0], [answer])
+    assert renamed(text, answer, named, ["wire"], random.Random(1), 1) == (new_text, new_answer)
 
 
 def test_names_change_from_showing_to_showing_and_follow_from_the_seed_alone():
@@ -284,19 +235,16 @@ def epoch_of(lengths, number: int, update: int = 32, seed: int = 0) -> list[int]
     return [example for _, example in order]
 
 
-def test_an_epoch_has_every_example_and_updates_of_one_length():
+def test_an_epoch_is_whole_updates_of_one_length_with_every_example_in_an_order_by_seed_and_epoch_alone():
     lengths = np.random.default_rng(0).integers(20, 900, 1003)
-    updates = np.reshape(epoch_of(lengths, 0), (-1, 32))
-    assert len(updates) == 32 and set(updates.flatten()) == set(range(1003))
+    for examples in (5, 20, 32, 1003):  # fewer than an update has fill one
+        updates = np.reshape(epoch_of(lengths[:examples], 0), (-1, 32))
+        assert len(updates) == -(-examples // 32) and set(updates.flatten()) == set(range(examples))
     spread = np.sort(np.ptp(lengths[updates], axis=1))
     assert np.median(spread) < 60 and spread[-2] < 100, "the last update is filled up, with any length"
     assert max(lengths) in lengths[updates[0]], "too little memory must show at once"
-
-
-@pytest.mark.parametrize("examples", [5, 20, 32])
-def test_fewer_examples_than_an_update_has_fill_one(examples):
-    epoch = epoch_of(np.full(examples, 9), 0)
-    assert len(epoch) == 32 and set(epoch) == set(range(examples))
+    assert epoch_of(lengths, 3) == epoch_of(lengths, 3)
+    assert epoch_of(lengths, 3) != epoch_of(lengths, 4) and epoch_of(lengths, 3) != epoch_of(lengths, 3, seed=1)
 
 
 def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and_again():
@@ -344,12 +292,6 @@ def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(dat
     assert "last" not in kinds("action", action_examples, flat=False)
 
 
-def test_the_order_follows_from_seed_and_epoch_alone():
-    lengths = np.full(1000, 100)
-    assert epoch_of(lengths, 3) == epoch_of(lengths, 3)
-    assert epoch_of(lengths, 3) != epoch_of(lengths, 4) and epoch_of(lengths, 3) != epoch_of(lengths, 3, seed=1)
-
-
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -372,10 +314,10 @@ def assert_close(one: dict, other: dict, by: float):
 def test_training_learns_twenty_examples_by_heart(tmp_path, experts, script):
     episode = next(episode for episode in experts if len(list(trained_states(episode))) >= 20)
     taken = [step for _, step in trained_states(episode)][:20]
-    lines = [json.dumps({**episode, "steps": taken, "split": split}) + "\n" for split in ("train", "dev")]
-    (tmp_path / "twenty.jsonl").write_text("".join(lines))
-    run(script, "--data", tmp_path / "twenty.jsonl", "--model", "tiny", "--max_steps", 80, "--learning_rate", 3e-3,
-        "--warmup_steps", 10, "--rename", 0, "--eval_steps", 40, "--save_steps", 40, "--output_dir", tmp_path / "out")
+    twenty = [{**episode, "steps": taken, "split": split} for split in ("train", "dev")]
+    run(script, "--data", written(tmp_path / "twenty.jsonl", twenty), "--model", "tiny", "--max_steps", 80,
+        "--learning_rate", 3e-3, "--warmup_steps", 10, "--rename", 0, "--eval_steps", 40, "--save_steps", 40,
+        "--output_dir", tmp_path / "out")
     said = about(tmp_path / "out")
     assert said["dev_exact_match"] > 0.9 and said["dev_examples"] == 20 and said["dev_new_answers"] == 0
 
@@ -387,23 +329,8 @@ def test_a_student_says_its_scores_and_apart_from_them_those_on_answers_that_it_
     said = about(students["flat"])
     assert said["role"] == "action" and said["flat"] is True and said["dev_loss"] > 0
     assert said["train_examples"] == len(known) and said["dev_examples"] == len(answers)
-    assert 0 <= said["dev_exact_match"] <= 1
     assert said["dev_new_answers"] == len([answer for answer in answers if answer not in known]) > 0
-    assert 0 <= said["dev_new_exact_match"] <= 1
-
-
-@pytest.mark.parametrize("script", [PLANNER, EXECUTOR])
-def test_a_killed_training_goes_on_and_ends_with_the_weights_of_one_that_was_not(tmp_path, data, script):
-    from safetensors.torch import load_file
-
-    flags = ["--data", data, "--model", "nano", "--max_steps", 40, "--learning_rate", 1e-3, "--output_dir"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    kill_when(script, *flags, killed, ready=lambda: list(killed.glob("checkpoint-*/trainer_state.json")))
-    assert "going on from step" in run(script, *flags, killed).stdout
-    run(script, *flags, whole)
-    one, other = (load_file(folder / "model.safetensors") for folder in (killed, whole))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert about(killed) == about(whole)
+    assert 0 <= said["dev_exact_match"] <= 1 and 0 <= said["dev_new_exact_match"] <= 1
 
 
 @pytest.fixture(scope="module")
@@ -433,13 +360,6 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, alone, sharing):
     assert about(folder).keys() == about(tmp_path / "two").keys()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they do train together")
-def test_processes_that_would_train_each_for_itself_are_refused(tmp_path, alone):
-    flags = [flag for flag in alone[1] if flag != "--use_cpu"]
-    refused = by_two_processes(EXECUTOR, *flags, tmp_path / "two")
-    assert refused.returncode and "On CPUs add --use_cpu" in refused.stderr and not (tmp_path / "two").exists()
-
-
 def test_accumulated_batches_count_as_one_large_batch(tmp_path, alone):
     folder, flags = alone
     large = ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1]
@@ -458,29 +378,19 @@ def test_a_run_killed_after_its_last_step_is_not_trained_on(tmp_path, alone):
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """What a script, called in this process, says to flags that it does not take: one sentence."""
-    def refusal(script, *flags) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-        with pytest.raises(SystemExit, match="2"):
-            script.main()
-        said = capsys.readouterr().err
-        assert said.startswith(f"{script.__name__}.py: ") and said.count("\n") == 1
-        return said
-
-    return refusal
-
-
 def test_other_settings_on_the_same_folder_are_refused_by_name(alone, refusal):
     folder, flags = alone
     assert "learning_rate 0.001, this run has 1e-05" in refusal(train_action, *flags, folder, "--learning_rate", "1e-5")
 
 
-def test_processes_that_cannot_share_a_batch_evenly_are_refused(tmp_path, data):
-    batches_of_three = ["--use_cpu", "--per_device_train_batch_size", 3, "--output_dir", tmp_path / "out"]
-    refused = by_two_processes(PLANNER, "--data", data, "--model", "nano", *batches_of_three)
-    assert refused.returncode and refused.stderr.count("2 processes cannot share batches of 3 evenly") == 1
+@pytest.mark.parametrize("flags, complaint, times", [
+    pytest.param([], "On CPUs add --use_cpu", (1, 2),
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs they do train together")),
+    (["--use_cpu", "--per_device_train_batch_size", 3], "2 processes cannot share batches of 3 evenly", (1,)),
+])
+def test_processes_that_cannot_share_the_work_are_refused(tmp_path, data, flags, complaint, times):
+    refused = by_two_processes(PLANNER, "--data", data, "--model", "nano", *flags, "--output_dir", tmp_path / "two")
+    assert refused.returncode and refused.stderr.count(complaint) in times and not (tmp_path / "two").exists()
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -492,7 +402,6 @@ def test_processes_that_cannot_share_a_batch_evenly_are_refused(tmp_path, data):
 ])
 def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, data, refusal, monkeypatch, flags, complaint):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # asking a hub takes as long as the net likes
-    test = tmp_path / "test.jsonl"
-    test.write_text(json.dumps({**read_episodes(data)[0], "split": "test"}) + "\n")
+    test = written(tmp_path / "test.jsonl", [{**read_episodes(data)[0], "split": "test"}])
     flags = flags.format(data=data, tmp=tmp_path, test=test).split()
     assert complaint in refusal(train_subgoal, *flags, "--output_dir", tmp_path / "out")
