@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from functools import partial
+from operator import attrgetter
 from types import SimpleNamespace
 
 import ctranslate2
@@ -25,6 +26,7 @@ BOXES = ("use-thermometer", 0, [  # the expert's path up to the choice of the bo
     "pick up unknown substance B", "focus on unknown substance B in inventory", "teleport to bathroom",
     "use thermometer in inventory on unknown substance B in inventory",
 ])
+pair = attrgetter("task", "variation")  # of a Live episode, as pair_of is of its record
 
 
 class Following:
@@ -35,10 +37,6 @@ class Following:
 
     def choose(self, episodes):
         return [None] * len(episodes), [[self.paths[pair(episode)][len(episode.steps)]] for episode in episodes]
-
-
-def pair(episode: Live) -> tuple[str, int]:
-    return episode.task, episode.variation
 
 
 @pytest.fixture(scope="module")

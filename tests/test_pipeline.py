@@ -11,7 +11,7 @@ from statistics import mean
 import pytest
 from conftest import ROOT
 
-from annotate import actions_of, read_episodes
+from annotate import actions_of, pair_of, read_episodes
 
 STAGES = ("annotate", "train_subgoal", "train_action", "evaluate")
 
@@ -68,17 +68,14 @@ def test_a_changed_script_reruns_its_stage_and_what_follows(finished, number, sc
     assert rerun == list(STAGES[number:])
 
 
-@pytest.mark.parametrize(
-    "experiment, trained",
-    [
-        ("ablations", set()),
-        ("sizes", {"sizes/planner/nano/subgoal", "sizes/executor/nano/action"}),
-        ("heldout", {"heldout/subgoal", "heldout/action", "heldout/flat"}),
-        ("seeds", {f"seeds/{seed}/{role}" for seed in (43, 44) for role in ("subgoal", "action", "flat")}),
-        ("teachers", {"teachers/rules/subgoal", "teachers/rules/action"}),
-        ("selftrain", {"selftrain/subgoal", "selftrain/action"}),
-    ],
-)
+@pytest.mark.parametrize("experiment, trained", [
+    ("ablations", set()),
+    ("sizes", {"sizes/planner/nano/subgoal", "sizes/executor/nano/action"}),
+    ("heldout", {"heldout/subgoal", "heldout/action", "heldout/flat"}),
+    ("seeds", {f"seeds/{seed}/{role}" for seed in (43, 44) for role in ("subgoal", "action", "flat")}),
+    ("teachers", {"teachers/rules/subgoal", "teachers/rules/action"}),
+    ("selftrain", {"selftrain/subgoal", "selftrain/action"}),
+])
 def test_an_experiment_trains_what_its_run_has_not_and_ends_in_a_report(finished, experiment, trained):
     if experiment == "selftrain":  # whose variant is planned once the agent has played
         (finished / experiment).mkdir()
@@ -101,10 +98,7 @@ def test_an_llm_teaches_only_when_it_is_named(finished):
 def test_all_teachers_name_the_sub_goals_of_the_same_trajectories(finished, tmp_path):
     run = tmp_path / "rules"
     make(run / "train.jsonl", f"RUN={run}", "ANNOTATOR=rules", f"TRAJECTORIES={finished}")
-    mine, others = (
-        {(episode["task"], episode["variation"]): episode for episode in read_episodes(folder / "train.jsonl")}
-        for folder in (run, finished)
-    )
+    mine, others = ({pair_of(e): e for e in read_episodes(folder / "train.jsonl")} for folder in (run, finished))
     assert mine.keys() == others.keys()
     for pair, episode in mine.items():
         assert actions_of(episode) == actions_of(others[pair])
