@@ -54,26 +54,17 @@ def kill_when(script: str, *flags, ready) -> list[int]:
     return family
 
 
-def processes() -> dict[int, tuple[int, str]]:
-    """Parent and state of every process of the machine, zombies left out."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = map(str.split, listed.splitlines())
-    return {int(pid): (int(parent), state) for pid, parent, state in rows if not state.startswith("Z")}
-
-
 def descendants(pid: int) -> list[int]:
     """Process ids of all children, theirs included: the JVMs of the simulators."""
-    listed = processes()
-
-    def below(parent: int) -> list[int]:
-        children = [child for child, (of, _) in listed.items() if of == parent]
-        return children + [one for child in children for one in below(child)]
-
-    return below(pid)
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    children = [child for child in map(int, listed.split()) if alive(child)]
+    return children + [one for child in children for one in descendants(child)]
 
 
 def alive(pid: int) -> bool:
-    return pid in processes()
+    """Whether there is such a process, and it is no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return state != "" and not state.startswith("Z")
 
 
 def written(path: Path, episodes: list[dict]) -> Path:

@@ -54,9 +54,9 @@ class House:
                                 env={**os.environ, "OPENAI_API_KEY": key},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    def annotate(self, server: Server | None, *more, code: int = 0, key: str = KEY) -> str:
+    def annotate(self, server: Server | None, *more, code: int = 0, **settings) -> str:
         """Run the command to its end; returns what it printed. Its exit code must be `code`."""
-        process = self.start(server, *more, key=key)
+        process = self.start(server, *more, **settings)
         text, _ = process.communicate(timeout=180)
         assert process.returncode == code, text
         assert "Traceback" not in text and KEY not in text
@@ -167,10 +167,8 @@ def test_a_second_run_is_refused_and_ctrl_c_waits_for_the_answers_under_way(hous
 
 def test_on_a_full_disk_no_more_is_asked_and_the_same_command_goes_on_when_there_is_room(house):
     episodes, server = trajectories(house.input, 60), Server(seconds=0.05)
-    process = house.start(server, "--concurrency", 4, limit=20)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Make room" in text and "Traceback" not in text
-    assert len(server.times) <= len(house.responses()) + 4
+    text = house.annotate(server, "--concurrency", 4, limit=20, code=2)
+    assert "Make room" in text and len(server.times) <= len(house.responses()) + 4
     house.annotate(server)
     house.check(episodes)
 
