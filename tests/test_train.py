@@ -155,7 +155,7 @@ def test_a_tokenizer_from_scratch_gives_back_all_that_is_said_and_keeps_whole_wh
 def test_a_model_from_scratch_starts_with_heads_that_look_for_what_follows_the_word_just_written():
     """Untrained, it says of a text that it is to copy what follows with less surprise than without those heads.
 
-    It does not, either, if the cross-attention's values do not reach the output as they are.
+    For that, what they attend to has to reach the output as it is.
     """
     torch.manual_seed(0)
     text = torch.randperm(900)[:120].reshape(2, 60) + 10
