@@ -150,7 +150,7 @@ COMPACT = [
     (r"\. The [\w ]+ door is closed\.", " closed"),
     (r" On the [\w ]+ is: nothing\.| In the [\w ]+ is: nothing\.| The [\w ]+ door is open\.", ""),
     (r" \(containing nothing\)|, which is (?:turned off|off|deactivated)", ""),
-    (r"currently reading a temperature of", ""),
+    (r"currently reading a temperature of|the thermometer measures a temperature of", ""),
     (r"(?:In|On) the ([\w ]+) is: ", ""),
     (r"\b(?:an?|A|substance called|containing) ", ""),
     (r"\s*\n\s*", " , "),
