@@ -60,10 +60,10 @@ else ifeq ($(PRESET),scratch)
   TRAIN_SETS     ?= $(THINNED)
   DEV_VARIATIONS ?= 3
   ANNOTATOR      ?= rules
-  MODEL          ?= $(if $(shell command -v nvidia-smi),medium,small)
+  MODEL          ?= $(if $(shell command -v nvidia-smi),medium,tiny)
   SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 5
   ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
-  SIZES          ?= tiny
+  SIZES          ?= small
 else ifeq ($(PRESET),smoke)
   TASKS          ?= 4-2,7-1
   TRAIN_SETS     ?= $(TASKS):3
