@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import groupby, islice, permutations
+from itertools import groupby, islice, permutations, zip_longest
 from pathlib import Path
 from typing import NotRequired
 
@@ -556,7 +556,8 @@ def over_moves(episodes: pd.DataFrame) -> dict[str, list[float]]:
     """Each agent's mean score after 0, 1, … moves: an ended episode keeps its last score, and a failed one's is 0."""
     scores = [[0, *(max(0, step["score"]) for step in episode["steps"])] for episode in episodes["episode"]]
     places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
-    return averaged(pd.DataFrame(scores, places).ffill(axis=1), ["agent"]).T.to_dict("list")
+    held = pd.DataFrame(zip_longest(*scores, fillvalue=math.nan), columns=places).ffill().T
+    return averaged(held, ["agent"]).T.to_dict("list")
 
 
 def diagnosis(episodes: pd.DataFrame, by: str) -> pd.DataFrame:

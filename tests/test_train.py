@@ -364,7 +364,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, alone, sharing):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("10 steps") == 1, "one process speaks for all"
     assert_close(losses(folder), losses(tmp_path / "two"), by=1e-2)
-    assert_close(losses(folder, "eval_loss"), losses(tmp_path / "two", "eval_loss"), by=0.1)
+    assert_close(losses(folder, "eval_loss"), losses(tmp_path / "two", "eval_loss"), by=0.2)
     assert about(folder).keys() == about(tmp_path / "two").keys()
 
 
