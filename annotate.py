@@ -545,7 +545,7 @@ class Teacher:
             fail(f"the server has no model {self.args.llm!r}; the nearest are {', '.join(near) or 'none'}.")
 
     def annotate(self, episode: Episode) -> Episode | None:
-        """The episode with the LLM's sub-goals, by a kept answer to the very same request or a new one, if any."""
+        """The episode with the LLM's sub-goals, of a kept answer to the very same request or a new one; else None."""
         actions = actions_of(episode)
         form = {"name": "subgoals", "strict": True, "schema": schema_for(actions)}
         request = {"model": self.args.llm, "messages": messages_for(episode, self.examples),
