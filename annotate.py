@@ -275,6 +275,7 @@ RULES = [
     ("harvest(seeds)", "(move [^;]*(seed|organism|living thing)[^;]* to _ cup;)+(look at seed jar;)?"),
     ("fill(C pot, X)", "(open cupboard;)?(pick up X;)?move X to C pot;(pick up C pot;)?"),
     ("fill(C cup, X)", "(pick up X;)?move X to C cup;"),
+    ("move(X, C pot)", "move X to C pot containing _;"),
     ("fill(V, X)", "pour [^;]*cup containing X( in [^;]+?)? into V;"),
     ("read(X)", "pick up X;read X;"),
     ("pick_up(A, B, C, D)", "pick up A;pick up B;pick up C;pick up D;"),
