@@ -53,7 +53,7 @@ from annotate import (
 from train_action import executor_state
 from train_subgoal import (
     ABOUT, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of, trained_states,
-    whole
+    unnamed_focus, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,12 +132,22 @@ class Agent:
         return subgoals, self.ask(self.executor, episodes, states)
 
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
-        """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams."""
-        found = {}
-        for hesitant, beams in ((False, 1), (True, self.beams)):
-            some = [i for i, episode in enumerate(episodes) if episode.hesitates == hesitant]
-            found |= zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True)
-        return [found[i] for i in range(len(episodes))]
+        """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
+
+        All beams, too, where the greedy one is `strange`; such answers stand behind the others.
+        """
+        def strange(i: int, answer: str) -> bool:
+            """Whether it focuses on what the task does not name, as none of its experts, or looks for what it has."""
+            if answer.startswith("find("):
+                return bool(whole(objects_of(answer)[0]).search(episodes[i].state["inventory"]))
+            return episodes[i].task in student.about["named"] and unnamed_focus(episodes[i].description, answer)
+
+        def asked(some: list[int], beams: int) -> dict[int, list[str]]:
+            return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
+
+        found = asked([i for i, episode in enumerate(episodes) if not episode.hesitates], 1)
+        found |= asked([i for i in range(len(episodes)) if i not in found or strange(i, found[i][0])], self.beams)
+        return [sorted(found[i], key=partial(strange, i)) for i in range(len(episodes))]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
         """The sub-goal that the executor gets where the planner would say `planned`: see --subgoals."""
@@ -652,7 +662,7 @@ class Student:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / ABOUT).read_text())
-            trained, _ = self.about["role"], self.about["frame"]
+            trained, _, _ = self.about["role"], self.about["frame"], self.about["named"]
         except (OSError, ValueError, KeyError):
             fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
         if trained != role:
@@ -806,7 +816,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, OFTEN, PATIENT.pattern)
+DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed_focus, OFTEN, PATIENT.pattern)
 
 
 def run(args: argparse.Namespace):

@@ -48,6 +48,7 @@ HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
+FOCUS = re.compile("focus[_ ]on")  # an answer that cannot be taken back: on the wrong object it fails the task
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
 UNTRAINED = re.compile("look around|close door .*")
 ALREADY = re.compile(r"The .* is already open\.")
@@ -252,6 +253,11 @@ def renamed(text: str, answer: str, named: dict[str, int], words: list[str], cha
 def whole(name: str) -> re.Pattern:
     """Finds a name, in small letters or capitals, that is neither part of a longer word nor a sub-goal's function."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?![\w(])", re.IGNORECASE)
+
+
+def unnamed_focus(description: str, answer: str) -> bool:
+    """Whether an answer focuses on what the task does not name, as `focus_on(orange)` where soap is to be boiled."""
+    return bool(FOCUS.match(answer)) and not any(whole(name).search(description) for name in objects_of(answer)[:1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,23 +492,27 @@ def with_adapters(model, rank: int):
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
     """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, kind)]}).
 
-    A kind is (task, one of KINDS).
+    A kind is (task, one of KINDS). What student.json calls `named` are the tasks whose experts never focus on anything
+    that the task does not name.
     """
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
     told = role == "action" and not more["flat"]  # the executor decides nothing: its sub-goal says how an episode ends
-    episodes = read_data(options.data)
+    episodes, free = read_data(options.data), set()
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
         kinds = [(episode["task"], kind_of(said, i, told)) for i in range(len(said))]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
+        if episode["split"] == "train" and any(unnamed_focus(episode["description"], answer) for answer in said):
+            free.add(episode["task"])
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
+        role=role, **more, base=options.model, tasks=lengths.to_dict(), named=sorted({*lengths.index} - free),
+        teacher=teacher_of(taught),
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 

@@ -116,7 +116,7 @@ def test_what_was_done_in_the_very_same_state_goes_behind_the_other_beams_but_no
     assert taken(episode)[2:] == ["wait"] * 3 and episode.invalid == []
 
 
-@pytest.mark.parametrize("beams, often", [(["find(orange)", "navigate_to(kitchen)"], 5),
+@pytest.mark.parametrize("beams, often", [(["find(egg)", "navigate_to(kitchen)"], 5),
                                           (["wait()", "navigate_to(kitchen)"], 9)])
 def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator, beams, often):
     agent = Agent(Says(lambda state: ["look around"]), Says(lambda state: beams), "model", [], beams=2)
@@ -161,6 +161,21 @@ def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_stat
         moves.append(len(episode.steps))
     assert student.best == [1, 3, 3, 1] and moves == [0, 1, 2, 2], "the kitchen is a new state"
     assert taken(episode) == ["open door to kitchen", "go to kitchen"] and episode.invalid == [0, 1]
+
+
+@pytest.mark.parametrize("named, asked, best", [
+    ([FIND_PLANT[0]], [1, 3], ["focus on plant", "wait", "focus on egg"]), ([], [1], ["focus on egg"])])
+def test_where_experts_focus_on_what_the_task_names_alone_so_does_the_agent(simulator, named, asked, best):
+    student = Says(lambda state: ["focus on egg", "focus on plant", "wait"], named)
+    agent = Agent(student, None, "none", [], beams=3)
+    assert agent.choose([begun(simulator, *FIND_PLANT)])[1] == [best] and student.best == asked
+
+
+@pytest.mark.parametrize("sought, then", [("find(egg)", "find(egg)"), ("find(orange)", "wait()")])
+def test_what_is_in_the_inventory_is_not_looked_for(simulator, sought, then):
+    agent = Agent(Says(lambda state: ["wait"]), Says(lambda state: [sought, "wait()"]), "model", [], beams=2)
+    episode = begun(simulator, *FIND_PLANT)
+    assert "an orange" in episode.state["inventory"] and agent.choose([episode])[0] == [then]
 
 
 def test_of_several_things_that_an_action_may_mean_the_first_is_taken(simulator):

@@ -159,7 +159,8 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
     model.lm_head.weight.data = torch.tensor(likelihoods).log() / len(words)**0.5  # what norms make of a row of eye_
     model.save_pretrained(tmp_path)
     (tmp_path / ABOUT).write_text(json.dumps(dict(
-        role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9)))
+        role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9,
+        named=[])))
     student = Student(tmp_path, "action", engine)
     assert student.answers([{"text": "c"}, {"text": "a b"}], beams=5, best=3) == 2 * [["b", "a c d", "a"]]
     assert student.engine == engine

@@ -300,6 +300,12 @@ def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(dat
     assert "last" not in kinds("action", action_examples, flat=False)
 
 
+def test_a_student_knows_in_which_tasks_experts_focus_on_what_the_task_names_alone():
+    options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / "prompts/subgoal_compact.jinja"))
+    about, _ = prepare("subgoal", options, subgoal_examples)
+    assert set(about["tasks"]) > set(about["named"]) and "melt" in about["named"] and "find-plant" not in about["named"]
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
