@@ -52,8 +52,8 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of, trained_states,
-    unnamed_focus, whole
+    ABOUT, FOCUS, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of,
+    trained_states, unnamed, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,10 +137,12 @@ class Agent:
         All beams, too, where the greedy one is `strange`; such answers stand behind the others.
         """
         def strange(i: int, answer: str) -> bool:
-            """Whether it focuses on what the task does not name, as none of its experts, or looks for what it has."""
-            if answer.startswith("find("):
-                return bool(whole(objects_of(answer)[0]).search(episodes[i].state["inventory"]))
-            return episodes[i].task in student.about["named"] and unnamed_focus(episodes[i].description, answer)
+            """Whether no expert of the task would say so: see `habits_of`. Nor do experts look for what they have."""
+            habits = student.about["habits"].get(episodes[i].task, {"focus": False, "told": []})
+            about, others = set(objects_of(answer)[:1]), unnamed(episodes[i].description, answer)
+            return bool(others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about
+                        or answer.startswith("find(") and any(
+                            whole(name).search(episodes[i].state["inventory"]) for name in about))
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
@@ -662,7 +664,7 @@ class Student:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / ABOUT).read_text())
-            trained, _, _ = self.about["role"], self.about["frame"], self.about["named"]
+            trained, _, _ = self.about["role"], self.about["frame"], self.about["habits"]
         except (OSError, ValueError, KeyError):
             fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
         if trained != role:
@@ -816,7 +818,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed_focus, OFTEN, PATIENT.pattern)
+DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, OFTEN, PATIENT.pattern)
 
 
 def run(args: argparse.Namespace):

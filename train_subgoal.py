@@ -24,6 +24,7 @@ import re
 import shutil
 import string
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
@@ -255,9 +256,25 @@ def whole(name: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){re.escape(name)}(?![\w(])", re.IGNORECASE)
 
 
-def unnamed_focus(description: str, answer: str) -> bool:
-    """Whether an answer focuses on what the task does not name, as `focus_on(orange)` where soap is to be boiled."""
-    return bool(FOCUS.match(answer)) and not any(whole(name).search(description) for name in objects_of(answer)[:1])
+def unnamed(description: str, answer: str) -> set[str]:
+    """The objects in an answer that the task does not name."""
+    return {name for name in objects_of(answer) if not whole(name).search(description)}
+
+
+def habits_of(experts: list[tuple[str, list[str]]]) -> dict:
+    """What the experts of a task all do, from the task's description and the answers of each.
+
+    focus  whether they focus on nothing that the task does not name
+    told   the names that several of them say, each where its task does: `water`, as some are to boil water
+    """
+    said, untold, focus = Counter(), set(), True
+    for description, answers in experts:
+        said.update({name for answer in answers for name in objects_of(answer)})
+        for answer in answers:
+            others = unnamed(description, answer)
+            untold |= others
+            focus &= not (FOCUS.match(answer) and others & set(objects_of(answer)[:1]))
+    return {"focus": focus, "told": sorted(name for name, count in said.items() if count > 1 and name not in untold)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,27 +509,26 @@ def with_adapters(model, rank: int):
 def prepare(role: str, options: "Options", make_examples: Callable, **more) -> tuple[dict, dict]:
     """(what student.json will say, {"train" and "dev": [(question, answer, objects that its episode names, kind)]}).
 
-    A kind is (task, one of KINDS). What student.json calls `named` are the tasks whose experts never focus on anything
-    that the task does not name.
+    A kind is (task, one of KINDS).
     """
     if not Path(options.template).is_file():
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
     told = role == "action" and not more["flat"]  # the executor decides nothing: its sub-goal says how an episode ends
-    episodes, free = read_data(options.data), set()
+    episodes, experts = read_data(options.data), {}
     for episode in episodes:
         pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
         kinds = [(episode["task"], kind_of(said, i, told)) for i in range(len(said))]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
-        if episode["split"] == "train" and any(unnamed_focus(episode["description"], answer) for answer in said):
-            free.add(episode["task"])
+        if episode["split"] == "train":
+            experts.setdefault(episode["task"], []).append((episode["description"], said))
     taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, tasks=lengths.to_dict(), named=sorted({*lengths.index} - free),
-        teacher=teacher_of(taught),
+        role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
+        habits={task: habits_of(theirs) for task, theirs in experts.items()},
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 
@@ -714,7 +730,7 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     """Everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
-    return {**about, "teacher": None, "template": digest(about["template"]), "examples": digest(texts),
+    return {**about, "teacher": None, "habits": None, "template": digest(about["template"]), "examples": digest(texts),
             "rename": options.rename, "per_task": options.per_task, "lora": options.lora, **settings}
 
 

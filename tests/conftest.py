@@ -84,8 +84,8 @@ def step_of(subgoal: str | None = "wait()", action: str = "wait", score: int = 0
 class Says:
     """In a student's place: it answers `say(state)`, likeliest first, and keeps what it was asked."""
 
-    def __init__(self, say, named: list[str] = ()):
-        self.say, self.states, self.best, self.about = say, [], [], {"named": named}
+    def __init__(self, say, habits: dict | None = None):
+        self.say, self.states, self.best, self.about = say, [], [], {"habits": habits or {}}
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
         self.states += states

@@ -163,10 +163,12 @@ def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_stat
     assert taken(episode) == ["open door to kitchen", "go to kitchen"] and episode.invalid == [0, 1]
 
 
-@pytest.mark.parametrize("named, asked, best", [
-    ([FIND_PLANT[0]], [1, 3], ["focus on plant", "wait", "focus on egg"]), ([], [1], ["focus on egg"])])
-def test_where_experts_focus_on_what_the_task_names_alone_so_does_the_agent(simulator, named, asked, best):
-    student = Says(lambda state: ["focus on egg", "focus on plant", "wait"], named)
+@pytest.mark.parametrize("habits, asked, best", [
+    ({"focus": True, "told": []}, [1, 3], ["focus on plant", "pick up water", "focus on egg"]),
+    ({"focus": False, "told": ["egg", "plant", "water"]}, [1, 3], ["focus on plant", "focus on egg", "pick up water"]),
+    ({"focus": False, "told": ["plant"]}, [1], ["focus on egg"])])
+def test_what_no_expert_of_the_task_would_say_stands_behind_the_other_beams(simulator, habits, asked, best):
+    student = Says(lambda state: ["focus on egg", "focus on plant", "pick up water"], {FIND_PLANT[0]: habits})
     agent = Agent(student, None, "none", [], beams=3)
     assert agent.choose([begun(simulator, *FIND_PLANT)])[1] == [best] and student.best == asked
 

@@ -21,8 +21,8 @@ from annotate import read_episodes
 from evaluate import Agent, Live
 from train_action import action_examples
 from train_subgoal import (
-    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, compact, compared, kind_of, named_in, new_model, prepare,
-    render, renamed, simulator_words, state_of, subgoal_examples, trained_states
+    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, compact, compared, habits_of, kind_of, named_in, new_model,
+    prepare, render, renamed, simulator_words, state_of, subgoal_examples, trained_states
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -300,10 +300,14 @@ def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(dat
     assert "last" not in kinds("action", action_examples, flat=False)
 
 
-def test_a_student_knows_in_which_tasks_experts_focus_on_what_the_task_names_alone():
+def test_a_student_knows_what_the_experts_of_a_task_all_do():
+    experts = [("boil water", ["find(pot)", "fill(pot, water)", "focus_on(water, pot)"]),
+               ("boil ice", ["find(pot)", "focus_on(ice)"]), ("boil water", ["heat(water)", "heat(ice)"])]
+    assert habits_of(experts) == {"focus": True, "told": ["water"]}, "ice was said unasked, and pots are always"
+    assert not habits_of([*experts, ("boil tin", ["focus_on(apple)"])])["focus"]
     options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / "prompts/subgoal_compact.jinja"))
-    about, _ = prepare("subgoal", options, subgoal_examples)
-    assert set(about["tasks"]) > set(about["named"]) and "melt" in about["named"] and "find-plant" not in about["named"]
+    habits = prepare("subgoal", options, subgoal_examples)[0]["habits"]
+    assert habits["melt"]["focus"] and not habits["find-plant"]["focus"]
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
