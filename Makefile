@@ -61,7 +61,7 @@ else ifeq ($(PRESET),scratch)
   DEV_VARIATIONS ?= 3
   ANNOTATOR      ?= rules
   MODEL          ?= $(if $(shell command -v nvidia-smi),medium,tiny)
-  SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 5 --eval_steps 0.25
+  SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 5
   ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
   SIZES          ?= small
 else ifeq ($(PRESET),smoke)

@@ -134,15 +134,10 @@ class Agent:
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
         """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
 
-        All beams, too, where the greedy one is `strange`; such answers stand behind the others.
+        All beams, too, where the greedy one is strange; strange answers stand behind the others.
         """
         def strange(i: int, answer: str) -> bool:
-            """Whether no expert of the task would say so: see `habits_of`. Nor do experts look for what they have."""
-            habits = student.about["habits"].get(episodes[i].task, {"focus": False, "told": []})
-            about, others = set(objects_of(answer)[:1]), unnamed(episodes[i].description, answer)
-            return bool(others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about
-                        or answer.startswith("find(") and any(
-                            whole(name).search(episodes[i].state["inventory"]) for name in about))
+            return episodes[i].strange(answer, student.about["habits"].get(episodes[i].task))
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
@@ -228,6 +223,14 @@ class Live:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
+
+    def strange(self, answer: str, habits: dict | None) -> bool:
+        """Whether no expert of the task would say so, who all have some `habits_of`. None looks for what it has."""
+        about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer)
+        if answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about):
+            return True
+        return bool(habits and (
+            others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
 
     def missing(self, subgoal: str) -> list[str]:
         """What a sub-goal is about and the task names, but neither look nor inventory shows: a tin cup is no tin."""
@@ -818,7 +821,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, OFTEN, PATIENT.pattern)
+DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, OFTEN, PATIENT.pattern, FOCUS.pattern)
 
 
 def run(args: argparse.Namespace):

@@ -479,6 +479,8 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
         model = with_adapters(model, options.lora)
     trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]), options.per_task)
     trainer.train(resume_from_checkpoint=resume)
+    if training.eval_strategy == "no":
+        trainer.evaluate()  # once, by all processes: the scores have the loss on dev
     if options.lora:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(training.output_dir)
         tokenizer.save_pretrained(training.output_dir)
@@ -713,7 +715,6 @@ def score_on_dev(output: Path, tokenizer, about: dict, texts: dict, trainer):
     right = [best == answer for (best,), (_, answer, *_) in zip(given, texts["dev"], strict=True)]
     new = [same for same, (_, answer, *_) in zip(right, texts["dev"], strict=True) if answer not in said]
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    losses = losses or [trainer.evaluate()["eval_loss"]]  # where --eval_strategy no asks for none in between
     loss = min(losses) if trainer.args.load_best_model_at_end else losses[-1]
     about |= dict(dev_loss=loss, dev_exact_match=np.mean(right), dev_new_answers=len(new),
                   dev_new_exact_match=np.mean(new) if new else None)

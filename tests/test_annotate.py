@@ -47,6 +47,7 @@ def test_all_30_tasks_give_a_trajectory_in_the_one_record(tmp_path):
 
 @pytest.mark.parametrize("actions, subgoals", [
     ("open cupboard, pick up metal pot, look around", ["find(metal pot)"] * 3),
+    ("move gallium to metal pot containing gallium, look around", ["move(gallium, metal pot)"] * 2),
     ("open fridge, open freezer, focus on ice", ["find(ice)"] * 2 + ["focus_on(ice)"]),
     ("examine ice, use thermometer in inventory on ice, wait, examine ice, focus on red box",
      ["monitor_temperature(ice)"] * 4 + ["focus_on(red box)"]),
