@@ -52,7 +52,7 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, FOCUS, answers, be_quiet, has_bf16, model_class, objects_of, question_tokens, render, state_of,
+    ABOUT, FOCUS, answers, be_quiet, has_bf16, missing, model_class, objects_of, question_tokens, render, state_of,
     trained_states, unnamed, whole
 )
 
@@ -233,11 +233,8 @@ class Live:
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
 
     def missing(self, subgoal: str) -> list[str]:
-        """What a sub-goal is about and the task names, but neither look nor inventory shows: a tin cup is no tin."""
-        texts = self.description, "\n".join(self.state.values())
-        after = {name: [set(re.findall(rf"(?i)\b{re.escape(name)}\b ?(\w*)", text)) for text in texts]
-                 for name in objects_of(subgoal)}  # the words that follow it, "" at the end of a phrase
-        return [name for name, (said, seen) in after.items() if said and not seen & {"", "called", *said}]
+        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
+        return missing(objects_of(subgoal), self.description, "\n".join(self.state.values()))
 
     def search(self, planned: list[str]) -> list[str]:
         """Where something is missing for the likeliest sub-goal: find(X), and what the executor is told for it.
@@ -667,7 +664,7 @@ class Student:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / ABOUT).read_text())
-            trained, _, _ = self.about["role"], self.about["frame"], self.about["habits"]
+            trained, *_ = (self.about[name] for name in ("role", "frame", "habits", "wordings"))
         except (OSError, ValueError, KeyError):
             fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
         if trained != role:
@@ -686,7 +683,7 @@ class Student:
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
         """The `best` likeliest answers in every state, likeliest first."""
-        texts = [render(self.about["template"], state) for state in states]
+        texts = [render(self.about["template"], state, self.about["wordings"]) for state in states]
         new = [text for text in dict.fromkeys(texts) if (text, beams, best) not in self.known]
         for text, given in zip(new, self.generate(new, beams, best) if new else [], strict=True):
             self.known[text, beams, best] = given

@@ -48,6 +48,7 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
+WORD = re.compile("[a-z][a-z-]*")  # of a description in small letters
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 FOCUS = re.compile("focus[_ ]on")  # an answer that cannot be taken back: on the wrong object it fails the task
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
@@ -62,9 +63,10 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: no other comes after it; none of the two steps before had it; one had; both, and the next step
-# has another; both. See `kind_of`.
-KINDS = ("last", "new", "next", "before", "again")
+# Of an example's answer: no other comes after it; it is the first to name what the task is about; none of the two steps
+# before had it; one had; both, and the next step has another; both (see `kind_of`). And the least share that such
+# examples have of what is shown of a task, 1 for what is left: see `Order`.
+KINDS = {"last": 0.2, "named": 0.1, "new": 0.2, "next": 0.2, "before": 0.2, "again": 1}
 REPEATED = 40  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -189,9 +191,43 @@ ENVIRONMENT.filters |= {"compact": cache(compact), "compared": compared}
 compiled = cache(ENVIRONMENT.from_string)
 
 
-def render(template: str, state: dict) -> str:
-    """What a student is shown of a state: the template's text, in one line. A field that does not exist is an error."""
-    return " ".join(compiled(template).render(state).split())
+def render(template: str, state: dict, wordings: Iterable[str] = ()) -> str:
+    """What a student is shown of a state: the template's text, in one line. A field that does not exist is an error.
+
+    Beside the fields of the state there is `about`: what the task is about by `topics_of`, and what of it is in view.
+    """
+    names = topics_of(state["description"], tuple(wordings))
+    away = missing(names, state["description"], f"{state['look']}\n{state['inventory']}")
+    about = "".join(f"about {name} ; " if name in away else f"about {name} here ; " for name in names)
+    return " ".join(compiled(template).render(state, about=about).split())
+
+
+def wording_of(descriptions: Iterable[str]) -> str:
+    """The words that all descriptions of a task have."""
+    return " ".join(sorted(set.intersection(*(set(WORD.findall(text.lower())) for text in descriptions))))
+
+
+@cache
+def topics_of(description: str, wordings: tuple[str, ...]) -> list[str]:
+    """What a task is about: the phrases that its descriptions differ in. Of `boil apple juice` it is apple juice.
+
+    From a few substances a student does not learn where in the text of the task to look for what it has to name. The
+    wording is that of `wordings` (see `wording_of`) which the description has most in common with.
+    """
+    words = re.findall(rf"{WORD.pattern}|\S", description.lower())
+    fixed = max((set(wording.split()) for wording in wordings), default=set(words),
+                key=lambda fixed: len(fixed & set(words)) - len(fixed - set(words)))
+    runs = groupby(words, key=lambda word: bool(WORD.fullmatch(word)) and word not in fixed)
+    return list(dict.fromkeys(" ".join(run) for varies, run in runs if varies))
+
+
+def missing(names: Iterable[str], description: str, shown: str) -> list[str]:
+    """Those of the names that the task says, but what is shown does not show: a tin cup is no tin."""
+    def following(name: str, text: str) -> set[str]:
+        return set(re.findall(rf"(?i)\b{re.escape(name)}\b ?(\w*)", text))  # "" at the end of a phrase
+
+    return [name for name in names
+            if (said := following(name, description)) and not following(name, shown) & {"", "called", *said}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,30 +553,40 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
         fail(f"{options.template} is not a file. Name a --template such as {PROMPTS / f'{role}.jinja'}.")
     template, texts = Path(options.template).read_text(), {"train": [], "dev": []}
     told = role == "action" and not more["flat"]  # the executor decides nothing: its sub-goal says how an episode ends
-    episodes, experts = read_data(options.data), {}
+    episodes = read_data(options.data)
+    taught = [episode for episode in episodes if episode["split"] == "train"]
+    wordings = [wording_of(episode["description"] for episode in group)
+                for _, group in groupby(taught, key=itemgetter("task"))]
+    experts = {}
     for episode in episodes:
-        pairs = [(render(template, state), answer) for state, answer in make_examples(episode)]
+        pairs = [(render(template, state, wordings), answer) for state, answer in make_examples(episode)]
         said = [answer for _, answer in pairs]
         named = named_in(episode["description"], said)
-        kinds = [(episode["task"], kind_of(said, i, told)) for i in range(len(said))]
+        topics = () if told else topics_of(episode["description"], tuple(wordings))
+        kinds = [(episode["task"], kind_of(said, i, told, topics)) for i in range(len(said))]
         texts[episode["split"]] += [(*pair, named, kind) for pair, kind in zip(pairs, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
-    taught = [episode for episode in episodes if episode["split"] == "train"]
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
         role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
-        habits={task: habits_of(theirs) for task, theirs in experts.items()},
+        wordings=wordings, habits={task: habits_of(theirs) for task, theirs in experts.items()},
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 
 
-def kind_of(said: list[str], i: int, told: bool = False) -> str:
-    """Which of KINDS answer i of an episode's is; the last is but new to who was `told` the sub-goal."""
+def kind_of(said: list[str], i: int, told: bool = False, topics: Iterable[str] = ()) -> str:
+    """Which of KINDS answer i of an episode's is, whose `topics_of` are given.
+
+    To who was `told` the sub-goal, the last is but new.
+    """
     if times := said[max(0, i - 2) : i].count(said[i]):
         changes = said[i + 1 : i + 2] != [said[i]]
         return "next" if times == 1 else "before" if changes else "again"
-    return "last" if set(said[i:]) == {said[i]} and not told else "new"
+    if set(said[i:]) == {said[i]} and not told:
+        return "last"
+    first = any(whole(name).search(said[i]) and not any(map(whole(name).search, said[:i])) for name in topics)
+    return "named" if first else "new"
 
 
 def read_data(paths: list[str]) -> list[Episode]:
@@ -590,11 +636,12 @@ class Order:
     """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
 
     So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. Of each of KINDS but `again` it takes at
-    least a fifth. What an episode ends with (into which box, after 25 steps of measuring) is said once, decides all and
-    takes thousands of updates to learn. Without more new answers than experts give, students wait until the moves are
-    over; without more first and last repetitions, planners left a measurement that had just begun, or that had to be
-    read once more. The order follows from seed and epoch alone. `kinds` are those of `prepare`.
+    those of a short one up to REPEATED times, each time with other names. Each of KINDS has its least share. What an
+    episode ends with (into which box, after 25 steps of measuring) is said once, decides all and takes thousands of
+    updates to learn. Without more first names of what the task is about, planners knew those of training by heart.
+    Without more new answers than experts give, students wait until the moves are over; without more first and last
+    repetitions, planners left a measurement that had just begun, or that had to be read once more. The order follows
+    from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
@@ -605,12 +652,11 @@ class Order:
         self.shares = []  # places of examples, and how many of them are shown in an epoch
         for task in sorted(set(tasks)):
             left, all_of_it = per_task, sum(tasks == task)
-            for kind in KINDS:
+            for kind, least in KINDS.items():
                 places = np.flatnonzero((tasks == task) & (kinds == kind))
                 share = len(places)
                 if per_task:
-                    least = left if kind == "again" else per_task // len(KINDS)
-                    share = min(REPEATED * share, max(least, round(per_task * share / all_of_it)), left)
+                    share = min(REPEATED * share, max(int(least * per_task), round(per_task * share / all_of_it)), left)
                     left -= share
                 self.shares += [(places, share)] * (share > 0)
         self.size = sum(share for _, share in self.shares)
@@ -731,8 +777,9 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     """Everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
-    return {**about, "teacher": None, "habits": None, "template": digest(about["template"]), "examples": digest(texts),
-            "rename": options.rename, "per_task": options.per_task, "lora": options.lora, **settings}
+    return {**about, **dict.fromkeys(("teacher", "habits", "wordings")), "template": digest(about["template"]),
+            "examples": digest(texts), "rename": options.rename, "per_task": options.per_task, "lora": options.lora,
+            **settings}
 
 
 def last_checkpoint(output: Path, command: dict) -> str | None:
@@ -757,7 +804,7 @@ class Options:
     rename: float = field(default=0.0, metadata={
         "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
-        "help": "examples of each task in an epoch, a fifth of each of KINDS: a long task gives no more, those of a "
+        "help": "examples of each task in an epoch, some of each of KINDS: a long task gives no more, those of a "
         "short one come again (default: all)"})
     lora: int | None = field(default=None, metadata={
         "help": "the rank of adapters that are trained in the weights' place, and merged into them at the end"})

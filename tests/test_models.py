@@ -17,7 +17,7 @@ from evaluate import Student
 from train_action import action_examples
 from train_subgoal import (
     ABOUT, PROMPTS, Examples, answers, examples_of, frame_of, make_trainer, model_class, new_model, new_tokenizer,
-    question_tokens, render, token_loss, with_adapters
+    question_tokens, render, state_of, token_loss, with_adapters
 )
 
 DECODERS = ["llama", "qwen3", "gemma3"]
@@ -160,9 +160,10 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
     model.save_pretrained(tmp_path)
     (tmp_path / ABOUT).write_text(json.dumps(dict(
         role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9,
-        habits={})))
+        habits={}, wordings=[])))
     student = Student(tmp_path, "action", engine)
-    assert student.answers([{"text": "c"}, {"text": "a b"}], beams=5, best=3) == 2 * [["b", "a c d", "a"]]
+    states = [{**state_of("", [], "", ""), "text": text} for text in ("c", "a b")]
+    assert student.answers(states, beams=5, best=3) == 2 * [["b", "a c d", "a"]]
     assert student.engine == engine
 
 

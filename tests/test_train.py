@@ -18,11 +18,12 @@ from transformers import AutoTokenizer
 import train_action
 import train_subgoal
 from annotate import read_episodes
-from evaluate import Agent, Live
-from train_action import action_examples
+from evaluate import Agent, Live, Student
+from train_action import action_examples, executor_state
 from train_subgoal import (
     KINDS, REPEATED, UNTRAINED, Examples, Options, Order, compact, compared, habits_of, kind_of, named_in, new_model,
-    prepare, render, renamed, simulator_words, state_of, subgoal_examples, trained_states
+    prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of, trained_states,
+    wording_of
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -115,6 +116,42 @@ def test_looks_closed_doors_and_what_was_done_in_vain_are_left_out_of_examples_a
         for state, step in trained_states(episode):
             for shown in [step, *state["history"]]:
                 assert not UNTRAINED.fullmatch(shown["action"]) and "is already open" not in shown["observation"]
+
+
+WORDINGS = [wording_of(texts) for texts in (
+    ["Your task is to boil apple juice. Focus on it.", "Your task is to boil tin. Focus on it."],
+    ["Your task is to grow a 5 m pea plant in the red box.", "Your task is to grow a 9 m fig tree in the blue box."])]
+
+
+def test_what_a_task_is_about_are_the_phrases_in_which_its_descriptions_differ():
+    assert WORDINGS[0] == "boil focus is it on task to your"
+    assert topics_of("Your task is to grow a 7 m oak, in the green (dark green) box.", tuple(WORDINGS)) == [
+        "oak", "green", "dark green"]
+    assert topics_of("Your task is to boil it.", tuple(WORDINGS)) == topics_of("Boil it.", ()) == []
+
+
+@pytest.mark.parametrize("boiled, look, about", [
+    ("ice cream", "a cup of ice.", "ice cream"), ("ice cream", "a cup of ice cream.", "ice cream here"),
+    ("ice", "a cup of ice cream.", "ice"), ("ice", "a cup of ice.", "ice here")])
+def test_small_students_that_decide_are_shown_what_the_task_is_about_and_whether_it_is_in_view(boiled, look, about):
+    state = state_of(f"Your task is to boil {boiled}. Focus on it.", [step_of()], look, "")
+    for name, who_decides in (("subgoal_compact", state), ("action_compact", executor_state(state, None))):
+        assert render(template(name), who_decides, WORDINGS).startswith(f"about {about} ; task: Your task")
+        assert "about" not in render(template(name), who_decides)
+    assert "about" not in render(template("action_compact"), state, WORDINGS)
+
+
+@pytest.mark.parametrize("name, role, examples", [
+    ("subgoal", "subgoal", subgoal_examples), ("action", "action", action_examples),
+    ("flat", "action", partial(action_examples, flat=True))])
+def test_a_student_is_asked_in_play_what_it_was_asked_in_training(students, data, name, role, examples, monkeypatch):
+    options = Options(data=[str(data)], template=str(ROOT / f"prompts/{role}_compact.jinja"))
+    trained = {question for texts in prepare(role, options, examples, flat=name == "flat")[1].values()
+               for question, *_ in texts}
+    student, asked = Student(students[name], role), []
+    monkeypatch.setattr(student, "generate", lambda texts, *_: asked.extend(texts) or [[""]] * len(texts))
+    student.answers([state for episode in read_data([str(data)]) for state, _ in examples(episode)], beams=1)
+    assert set(asked) == trained and any(" here " in text for text in asked) == (name != "action")
 
 
 def test_the_compact_wording_keeps_every_door_and_thing():
@@ -274,9 +311,10 @@ def test_an_epoch_takes_its_share_of_a_long_task_and_shows_a_short_one_again_and
 
 
 @pytest.mark.parametrize("there_are, shown", [
-    ((100, 300, 100, 50, 450), (200, 300, 200, 200, 100)), ((2, 500, 5, 5, 488), (2 * REPEATED, 500, 200, 200, 20)),
-    ((20, 970, 5, 5, 0), (200, 800, 0, 0, 0))])
-def test_of_a_tasks_share_each_kind_of_answer_is_a_fifth_or_more(there_are, shown):
+    ((100, 10, 300, 100, 50, 440), (200, 100, 300, 200, 200, 0)),
+    ((2, 0, 500, 5, 5, 488), (2 * REPEATED, 0, 500, 200, 200, 20)),
+    ((20, 1, 969, 5, 5, 0), (200, REPEATED, 760, 0, 0, 0))])
+def test_each_kind_of_answer_has_its_least_share_of_what_is_shown_of_a_task(there_are, shown):
     """As far as there are as many, REPEATED times those that there are; where there are more, as many as there are."""
     kinds = [kind for kind, count in zip(KINDS, there_are, strict=True) for _ in range(count)]
     order = Order(np.full(1000, 9), 4, 0, [("measure", kind) for kind in kinds], per_task=1000)
@@ -290,14 +328,20 @@ def test_what_an_episode_ends_with_is_told_from_what_is_new_and_from_what_was_ju
     assert kinds == "new new next again again again before new next last next"
 
 
-def test_an_executor_decides_no_end_as_its_subgoal_says_how_the_episode_ends(data):
+def test_the_first_answers_to_name_what_the_task_is_about_are_a_kind_of_their_own():
+    said = ["find(pot)", "find(ice)", "find(ice)", "focus_on(ice)", "wait()", "move(ice, red box)", "look()"]
+    kinds = " ".join(kind_of(said, i, topics=["ice", "red"]) for i in range(len(said)))
+    assert kinds == "new named next new new named last"
+
+
+def test_an_executor_decides_neither_ends_nor_names_as_its_subgoal_says_them(data):
     def kinds(role: str, make_examples, **more) -> set[str]:
         options = Options(data=[str(data)], template=str(ROOT / f"prompts/{role}_compact.jinja"))
         return {kind for *_, (_, kind) in prepare(role, options, make_examples, **more)[1]["train"]}
 
-    assert "last" in kinds("subgoal", subgoal_examples)
-    assert "last" in kinds("action", partial(action_examples, flat=True), flat=True)
-    assert "last" not in kinds("action", action_examples, flat=False)
+    assert {"last", "named"} <= kinds("subgoal", subgoal_examples)
+    assert {"last", "named"} <= kinds("action", partial(action_examples, flat=True), flat=True)
+    assert not {"last", "named"} & kinds("action", action_examples, flat=False)
 
 
 def test_a_student_knows_what_the_experts_of_a_task_all_do():
