@@ -82,6 +82,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
+ITSELF = re.compile(r"move[( ](.+)(?:, | to )\1\)?")  # a thing's move into itself: none of the experts' 8,818
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
@@ -225,9 +226,13 @@ class Live:
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
     def strange(self, answer: str, habits: dict | None) -> bool:
-        """Whether no expert of the task would say so, who all have some `habits_of`. None looks for what it has."""
+        """Whether no expert of the task would say so, who all have some `habits_of`.
+
+        None looks for what it has, or moves a thing into itself.
+        """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer)
-        if answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about):
+        had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
+        if had or ITSELF.fullmatch(answer):
             return True
         return bool(habits and (
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
