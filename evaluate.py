@@ -82,7 +82,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-ITSELF = re.compile(r"move[( ](.+)(?:, | to )\1\)?")  # a thing's move into itself: none of the experts' 8,818
+ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
@@ -228,7 +228,7 @@ class Live:
     def strange(self, answer: str, habits: dict | None) -> bool:
         """Whether no expert of the task would say so, who all have some `habits_of`.
 
-        None looks for what it has, or moves a thing into itself.
+        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured.
         """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)

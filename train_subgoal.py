@@ -194,11 +194,14 @@ compiled = cache(ENVIRONMENT.from_string)
 def render(template: str, state: dict, wordings: Iterable[str] = ()) -> str:
     """What a student is shown of a state: the template's text, in one line. A field that does not exist is an error.
 
-    Beside the fields of the state there is `about`: what the task is about by `topics_of`, and what of it is in view.
+    Beside the fields of the state there is `about`: what the task is about by `topics_of`, each with its case, and what
+    of it is in view: `about above red here ; about below blue ;`.
     """
     names = topics_of(state["description"], tuple(wordings))
     away = missing(names, state["description"], f"{state['look']}\n{state['inventory']}")
-    about = "".join(f"about {name} ; " if name in away else f"about {name} here ; " for name in names)
+    cases = [case_of(name, state["description"], tuple(names)) for name in names]
+    about = "".join(f"about {case} {name} {'' if name in away else 'here'} ; "
+                    for case, name in zip(cases, names, strict=True))
     return " ".join(compiled(template).render(state, about=about).split())
 
 
@@ -219,6 +222,29 @@ def topics_of(description: str, wordings: tuple[str, ...]) -> list[str]:
                 key=lambda fixed: len(fixed & set(words)) - len(fixed - set(words)))
     runs = groupby(words, key=lambda word: bool(WORD.fullmatch(word)) and word not in fixed)
     return list(dict.fromkeys(" ".join(run) for varies, run in runs if varies))
+
+
+@cache
+def case_of(topic: str, description: str, topics: tuple[str, ...]) -> str:
+    """The word that tells the case of a topic from another's: above, of `If it is above 5 degrees, use the red box.`
+
+    It is the last before the topic that the likest sentence of another topic lacks; "" if no other has half of its
+    words, or the topic stands in several sentences.
+    """
+    def naming(name: str) -> list[str]:
+        return [sentence for sentence in description.lower().split(". ") if whole(name).search(sentence)]
+
+    def shared(sentence: str) -> int:
+        return len(words & set(WORD.findall(sentence)))
+
+    if len(naming(topic)) != 1:
+        return ""
+    [own] = naming(topic)
+    words = set(WORD.findall(own))
+    others = [sentence for other in topics for sentence in naming(other) if sentence != own]
+    likest = max(others, key=shared, default="")
+    before = WORD.findall(own[: whole(topic).search(own).start()]) if shared(likest) >= len(words) / 2 else []
+    return next((word for word in reversed(before) if word not in WORD.findall(likest)), "")
 
 
 def missing(names: Iterable[str], description: str, shown: str) -> list[str]:

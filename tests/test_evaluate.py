@@ -175,8 +175,9 @@ def test_what_no_expert_of_the_task_would_say_stands_behind_the_other_beams(simu
 
 @pytest.mark.parametrize("planned, then", [
     ("find(egg)", "find(egg)"), ("find(orange)", "wait()"),
-    ("move(orange, orange)", "wait()"), ("move(orange, orange box)", "move(orange, orange box)")])
-def test_what_is_in_the_inventory_is_not_looked_for_and_nothing_moved_into_itself(simulator, planned, then):
+    ("heat(orange, orange)", "wait()"), ("move(orange, orange box)", "move(orange, orange box)"),
+    ("pour(orange, orange)", "pour(orange, orange)")])
+def test_what_is_in_the_inventory_is_not_looked_for_and_nothing_is_moved_into_itself(simulator, planned, then):
     agent = Agent(Says(lambda state: ["wait"]), Says(lambda state: [planned, "wait()"]), "model", [], beams=2)
     episode = begun(simulator, *FIND_PLANT)
     assert "an orange" in episode.state["inventory"] and agent.choose([episode])[0] == [then]

@@ -21,9 +21,9 @@ from annotate import read_episodes
 from evaluate import Agent, Live, Student
 from train_action import action_examples, executor_state
 from train_subgoal import (
-    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, compact, compared, habits_of, kind_of, named_in, new_model,
-    prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of, trained_states,
-    wording_of
+    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, compact, compared, habits_of, kind_of, named_in,
+    new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of,
+    trained_states, wording_of
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -128,6 +128,16 @@ def test_what_a_task_is_about_are_the_phrases_in_which_its_descriptions_differ()
     assert topics_of("Your task is to grow a 7 m oak, in the green (dark green) box.", tuple(WORDINGS)) == [
         "oak", "green", "dark green"]
     assert topics_of("Your task is to boil it.", tuple(WORDINGS)) == topics_of("Boil it.", ()) == []
+
+
+def test_the_case_of_what_a_task_is_about_is_the_word_that_its_sentence_has_and_the_likest_other_has_not():
+    task = ("Measure tin in the hall, and then lead. If tin is above 5 degrees, use the red box. If tin is below 5 "
+            "degrees, use the blue box. The boxes are around the kitchen.")
+    topics = ("tin", "lead", "red", "blue", "kitchen", "gold")
+    assert [case_of(topic, task, topics) for topic in topics] == ["", "", "above", "below", "", ""]
+    other = task.replace("red", "pink").replace("blue", "green")
+    shown = render("{{ about }}", state_of(task, [], "a red box", ""), [wording_of([task, other])])
+    assert shown == "about above red here ; about below blue ;"
 
 
 @pytest.mark.parametrize("boiled, look, about", [
