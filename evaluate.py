@@ -53,7 +53,7 @@ from annotate import (
 from train_action import executor_state
 from train_subgoal import (
     ABOUT, FOCUS, answers, be_quiet, has_bf16, missing, model_class, objects_of, question_tokens, render, state_of,
-    trained_states, unnamed, whole
+    topics_of, trained_states, uncased, unnamed, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,7 +692,9 @@ class Student:
         new = [text for text in dict.fromkeys(texts) if (text, beams, best) not in self.known]
         for text, given in zip(new, self.generate(new, beams, best) if new else [], strict=True):
             self.known[text, beams, best] = given
-        return [self.known[text, beams, best] for text in texts]
+        topics = [topics_of(state["description"], tuple(self.about["wordings"])) for state in states]
+        return [[uncased(answer, state["description"], names) for answer in self.known[text, beams, best]]
+                for text, state, names in zip(texts, states, topics, strict=True)]
 
     def generate(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
         with self.lock:

@@ -21,8 +21,8 @@ from annotate import read_episodes
 from evaluate import Agent, Live, Student
 from train_action import action_examples, executor_state
 from train_subgoal import (
-    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, compact, compared, habits_of, kind_of, named_in,
-    new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of,
+    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, cased, compact, compared, habits_of, kind_of,
+    named_in, new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of,
     trained_states, wording_of
 )
 
@@ -125,19 +125,32 @@ WORDINGS = [wording_of(texts) for texts in (
 
 def test_what_a_task_is_about_are_the_phrases_in_which_its_descriptions_differ():
     assert WORDINGS[0] == "boil focus is it on task to your"
-    assert topics_of("Your task is to grow a 7 m oak, in the green (dark green) box.", tuple(WORDINGS)) == [
-        "oak", "green", "dark green"]
-    assert topics_of("Your task is to boil it.", tuple(WORDINGS)) == topics_of("Boil it.", ()) == []
+    assert topics_of("Your task is to grow a 7 m oak, in the green (dark green) box.", tuple(WORDINGS)) == (
+        "oak", "green", "dark green")
+    assert topics_of("Your task is to boil it.", tuple(WORDINGS)) == topics_of("Boil it.", ()) == ()
+
+
+BOXES = ("Measure tin in the hall, and then lead. If tin is above 5 degrees, use the red box. If tin is below 5 "
+         "degrees, use the blue box. The boxes are around the kitchen.")
+TOPICS = ("tin", "lead", "red", "blue", "kitchen", "gold")
+BOX_WORDING = wording_of([BOXES, BOXES.replace("red", "pink").replace("blue", "green")])
 
 
 def test_the_case_of_what_a_task_is_about_is_the_word_that_its_sentence_has_and_the_likest_other_has_not():
-    task = ("Measure tin in the hall, and then lead. If tin is above 5 degrees, use the red box. If tin is below 5 "
-            "degrees, use the blue box. The boxes are around the kitchen.")
-    topics = ("tin", "lead", "red", "blue", "kitchen", "gold")
-    assert [case_of(topic, task, topics) for topic in topics] == ["", "", "above", "below", "", ""]
-    other = task.replace("red", "pink").replace("blue", "green")
-    shown = render("{{ about }}", state_of(task, [], "a red box", ""), [wording_of([task, other])])
+    assert [case_of(topic, BOXES, TOPICS) for topic in TOPICS] == ["", "", "above", "below", "", ""]
+    shown = render("{{ about }}", state_of(BOXES, [], "a red box", ""), [BOX_WORDING])
     assert shown == "about above red here ; about below blue ;"
+
+
+@pytest.mark.parametrize("meant, said", [
+    ("move(tin, red box)", "move(tin, above red box)"), ("focus on blue box", "focus on below blue box"),
+    ("connect(red wire)", "connect(red wire)"), ("find(tin)", "find(tin)")])
+def test_who_chooses_a_box_learns_to_say_its_case_and_means_the_box(students, meant, said, monkeypatch):
+    assert cased(meant, BOXES, TOPICS) == said
+    student = Student(students["subgoal"], "subgoal")
+    monkeypatch.setitem(student.about, "wordings", [BOX_WORDING])
+    monkeypatch.setattr(student, "generate", lambda texts, *_: [[said]])
+    assert student.answers([state_of(BOXES, [], "", "")], beams=1) == [[meant]]
 
 
 @pytest.mark.parametrize("boiled, look, about", [
@@ -268,6 +281,20 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
 def test_objects_are_renamed_in_task_look_and_answer_alike(text, answer, new_text, new_answer):
     named = named_in(text.partition(" | ")[0], [answer])
     assert renamed(text, answer, named, ["wire"], random.Random(1), 1) == (new_text, new_answer)
+
+
+def test_students_with_the_papers_template_say_what_the_paper_says(data):
+    options = Options(data=[str(data)], template=str(ROOT / "prompts/subgoal.jinja"))
+    assert prepare("subgoal", options, subgoal_examples)[0]["wordings"] == []
+
+
+def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
+    """Were the chosen box alone renamed, students would learn to choose what has a strange name."""
+    named = named_in(BOXES, ["find(tin)", "find(red wire)", "move(tin, red box)"], TOPICS)
+    assert named == {"blue": 1, "red": 1, "red wire": 2, "tin": 1}
+    text = "about above red ; about below blue ; use the red box"
+    assert renamed(text, "move(tin, above red box)", {"red": 1}, ["wood"], random.Random(1), 1) == (
+        "about above wood ; about below blue ; use the wood box", "move(tin, above wood box)")
 
 
 def test_names_change_from_showing_to_showing_and_follow_from_the_seed_alone():
