@@ -61,8 +61,8 @@ else ifeq ($(PRESET),scratch)
   DEV_VARIATIONS ?= 3
   ANNOTATOR      ?= rules
   MODEL          ?= $(if $(shell command -v nvidia-smi),medium,tiny)
-  SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 3
-  ACTION_FLAGS   ?= --per_task 1500 --num_train_epochs 4
+  SUBGOAL_FLAGS  ?= --per_task 1500 --num_train_epochs 4
+  ACTION_FLAGS   ?= $(SUBGOAL_FLAGS)
   SIZES          ?= small
 else ifeq ($(PRESET),smoke)
   TASKS          ?= 4-2,7-1

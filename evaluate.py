@@ -693,7 +693,7 @@ class Student:
         for text, given in zip(new, self.generate(new, beams, best) if new else [], strict=True):
             self.known[text, beams, best] = given
         topics = [topics_of(state["description"], tuple(self.about["wordings"])) for state in states]
-        return [[uncased(answer, state["description"], names) for answer in self.known[text, beams, best]]
+        return [[uncased(answer, state, names) for answer in self.known[text, beams, best]]
                 for text, state, names in zip(texts, states, topics, strict=True)]
 
     def generate(self, texts: list[str], beams: int, best: int) -> list[list[str]]:

@@ -27,7 +27,7 @@ class ActionOptions(Options):
 def executor_state(state: dict, subgoal: str | None) -> dict:
     """The state as the executor sees it: with the sub-goal to pursue now, or for the flat baseline without any."""
     if subgoal is None:
-        return {**state, "subgoal": None, "completed": []}
+        return {**state, "subgoal": None, "completed": [], "results": {}}
     finished = [state["subgoal"]] if state["subgoal"] not in (None, subgoal) else []
     return {**state, "subgoal": subgoal, "completed": state["completed"] + finished}
 

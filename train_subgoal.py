@@ -197,11 +197,10 @@ def render(template: str, state: dict, wordings: Iterable[str] = ()) -> str:
     Beside the fields of the state there is `about`: what the task is about by `topics_of`, each with its case, and what
     of it is in view: `about above red here ; about below blue ;`.
     """
-    names = topics_of(state["description"], tuple(wordings))
-    away = missing(names, state["description"], f"{state['look']}\n{state['inventory']}")
-    cases = [case_of(name, state["description"], names) for name in names]
-    about = "".join(f"about {case} {name} {'' if name in away else 'here'} ; "
-                    for case, name in zip(cases, names, strict=True))
+    topics = topics_of(state["description"], tuple(wordings))
+    cases = cases_of(state, topics)
+    away = missing(topics, state["description"], f"{state['look']}\n{state['inventory']}")
+    about = "".join(f"about {cases.get(topic, '')} {topic} {'' if topic in away else 'here'} ; " for topic in topics)
     return " ".join(compiled(template).render(state, about=about).split())
 
 
@@ -247,25 +246,38 @@ def case_of(topic: str, description: str, topics: tuple[str, ...]) -> str:
     return next((word for word in reversed(before) if word not in WORD.findall(likest)), "")
 
 
-def cased(answer: str, description: str, topics: tuple[str, ...]) -> str:
+def cases_of(state: dict, topics: tuple[str, ...]) -> dict[str, str]:
+    """Of the topics that have a case its word: that of the task's sentences (`case_of`), or of two that were measured,
+    where the task sets no limit, `more` or `less`.
+    """
+    told = {topic: case for topic in topics if (case := case_of(topic, state["description"], topics))}
+    shown = dict(state["results"])
+    if state["subgoal"] and state["history"] and TELLING.match(state["history"][-1]["action"]):
+        shown[state["subgoal"]] = state["history"][-1]["observation"]
+    read = {topic: float(measured[1]) for name, text in shown.items() if (measured := MEASURE.search(text))
+            for topic in topics if whole(topic).search(name)}
+    if len(set(read.values())) < 2 or MEASURE.search(state["description"]):
+        return told
+    return told | {max(read, key=read.get): "more", min(read, key=read.get): "less"}
+
+
+def cased(answer: str, state: dict, topics: tuple[str, ...]) -> str:
     """An answer as who decides learns to say it: `focus_on(above red box)`.
 
     To choose the box of a result, a small model that first says the case can copy what stands behind it. Else it has to
     find the case and the box in one step, and after 8,000 updates it still guessed.
     """
-    for name in objects_of(answer):
-        for topic in topics:
-            if whole(topic).search(name) and whole(name).search(description):
-                case = case_of(topic, description, topics)
-                answer = answer.replace(name, whole(topic).sub(f"{case} {topic}".strip(), name))
+    for topic, case in cases_of(state, topics).items():
+        for name in objects_of(answer):
+            if whole(topic).search(name) and (case in ("more", "less") or whole(name).search(state["description"])):
+                answer = answer.replace(name, whole(topic).sub(f"{case} {topic}", name))
     return answer
 
 
-def uncased(answer: str, description: str, topics: tuple[str, ...]) -> str:
+def uncased(answer: str, state: dict, topics: tuple[str, ...]) -> str:
     """What was meant by an answer that says cases: `focus_on(red box)`."""
-    for topic in topics:
-        if case := case_of(topic, description, topics):
-            answer = answer.replace(f"{case} {topic}", topic)
+    for topic, case in cases_of(state, topics).items():
+        answer = answer.replace(f"{case} {topic}", topic)
     return answer
 
 
@@ -610,13 +622,12 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
     experts = {}
     for episode in episodes:
-        pairs = [(render(template, state, wordings), answer) for state, answer in make_examples(episode)]
-        said = [answer for _, answer in pairs]
+        states, said = zip(*make_examples(episode), strict=True)
         topics = () if told else topics_of(episode["description"], tuple(wordings))
         named = named_in(episode["description"], said, topics)
         kinds = [(episode["task"], kind_of(said, i, told, topics)) for i in range(len(said))]
-        texts[episode["split"]] += [(question, cased(answer, episode["description"], topics), named, kind)
-                                    for (question, answer), kind in zip(pairs, kinds, strict=True)]
+        texts[episode["split"]] += [(render(template, state, wordings), cased(answer, state, topics), named, kind)
+                                    for state, answer, kind in zip(states, said, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()

@@ -21,9 +21,9 @@ from annotate import read_episodes
 from evaluate import Agent, Live, Student
 from train_action import action_examples, executor_state
 from train_subgoal import (
-    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, cased, compact, compared, habits_of, kind_of,
-    named_in, new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples, topics_of,
-    trained_states, wording_of
+    KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, cased, cases_of, compact, compared, habits_of,
+    kind_of, named_in, new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples,
+    topics_of, trained_states, uncased, wording_of
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -146,7 +146,7 @@ def test_the_case_of_what_a_task_is_about_is_the_word_that_its_sentence_has_and_
     ("move(tin, red box)", "move(tin, above red box)"), ("focus on blue box", "focus on below blue box"),
     ("connect(red wire)", "connect(red wire)"), ("find(tin)", "find(tin)")])
 def test_who_chooses_a_box_learns_to_say_its_case_and_means_the_box(students, meant, said, monkeypatch):
-    assert cased(meant, BOXES, TOPICS) == said
+    assert cased(meant, state_of(BOXES, [], "", ""), TOPICS) == said
     student = Student(students["subgoal"], "subgoal")
     monkeypatch.setitem(student.about, "wordings", [BOX_WORDING])
     monkeypatch.setattr(student, "generate", lambda texts, *_: [[said]])
@@ -281,6 +281,22 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
 def test_objects_are_renamed_in_task_look_and_answer_alike(text, answer, new_text, new_answer):
     named = named_in(text.partition(" | ")[0], [answer])
     assert renamed(text, answer, named, ["wire"], random.Random(1), 1) == (new_text, new_answer)
+
+
+def test_of_two_that_were_measured_the_case_is_more_or_less():
+    def measured(*readings: tuple[str, int], task: str = "Which is longer, b or f?") -> dict:
+        steps = [step_of(f"measure(plane {name})", "examine stopwatch", observation=f"It reads {ticks} ticks.")
+                 for name, ticks in readings]
+        return state_of(task, steps, "", "")
+
+    both = measured(("f", 12), ("b", 3))
+    assert cased("focus_on(plane f)", both, ("b", "f")) == "focus_on(plane more f)"
+    assert uncased("focus_on(plane less b)", both, ("b", "f")) == "focus_on(plane b)"
+    wording = wording_of(["Which is longer, b or f?", "Which is longer, c or d?"])
+    assert render(template("subgoal_compact"), both, [wording]).startswith("about less b ; about more f ; task:")
+    for undecided in (measured(("f", 12)), measured(("f", 12), ("b", 12)),
+                      measured(("f", 12), ("b", 3), task="Is b or f over 9 ticks?")):
+        assert cases_of(undecided, ("b", "f")) == {}
 
 
 def test_students_with_the_papers_template_say_what_the_paper_says(data):
