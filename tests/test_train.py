@@ -299,9 +299,11 @@ def test_of_two_that_were_measured_the_case_is_more_or_less():
         assert cases_of(undecided, ("b", "f")) == {}
 
 
-def test_students_with_the_papers_template_say_what_the_paper_says(data):
-    options = Options(data=[str(data)], template=str(ROOT / "prompts/subgoal.jinja"))
-    assert prepare("subgoal", options, subgoal_examples)[0]["wordings"] == []
+@pytest.mark.parametrize("name, cases", [("subgoal_compact", {"above", "below"}), ("subgoal", set())])
+def test_small_students_learn_to_say_the_case_those_with_the_papers_template_what_the_paper_says(name, cases):
+    options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / f"prompts/{name}.jinja"))
+    texts = prepare("subgoal", options, subgoal_examples)[1]
+    assert {word for _, answer, *_ in sum(texts.values(), []) for word in re.findall("above|below", answer)} == cases
 
 
 def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
