@@ -52,8 +52,8 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, FOCUS, answers, be_quiet, has_bf16, missing, model_class, objects_of, question_tokens, render, state_of,
-    topics_of, trained_states, uncased, unnamed, whole
+    ABOUT, FOCUS, answers, be_quiet, case_of, cases_of, has_bf16, missing, model_class, objects_of, question_tokens,
+    render, state_of, topics_of, trained_states, uncased, unnamed, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -825,7 +825,8 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, OFTEN, PATIENT.pattern, FOCUS.pattern)
+DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased, cases_of, case_of,
+            topics_of, OFTEN, PATIENT.pattern, FOCUS.pattern, NEEDS.pattern, ITSELF.pattern)
 
 
 def run(args: argparse.Namespace):
@@ -835,9 +836,9 @@ def run(args: argparse.Namespace):
         wanted = split_variations(simulator, resolve_tasks(args.tasks), args.split, args.variations)
     except SimulatorDied as death:
         fail(f"the simulator cannot be started (it {death}); it needs 1 GB of memory for each of --workers.", 1)
-    if args.subgoals == "oracle" and (missing := [pair for pair in wanted if pair not in agent.experts]):
-        fail(f"{args.data} lacks {len(missing)} of the {len(wanted)} variations to play, such as "
-             f"{' '.join(map(str, missing[0]))}. Make it with annotate.py --split {args.split}.")
+    if args.subgoals == "oracle" and (lacking := [pair for pair in wanted if pair not in agent.experts]):
+        fail(f"{args.data} lacks {len(lacking)} of the {len(wanted)} variations to play, such as "
+             f"{' '.join(map(str, lacking[0]))}. Make it with annotate.py --split {args.split}.")
     if args.watch is not None:
         return watch(agent, wanted, simulator, args.watch)
     simulator.close()

@@ -313,8 +313,8 @@ def named_in(description: str, answers: Iterable[str], topics: tuple[str, ...] =
 
     Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
     Of what the task is about it is the topic (see `topics_of`) that is renamed: the red of the red box. Of an object
-    that the task does not name as it is, also its words that the task has: of turtles, an expert focuses
-    on `egg turtle`, where a look shows a turtle egg.
+    that the task does not name as it is, also its words that the task has: of turtles, an expert focuses on `egg
+    turtle`, where a look shows a turtle egg.
     """
     def told(name: str) -> bool:
         return bool(whole(name).search(description))
@@ -622,12 +622,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
     experts = {}
     for episode in episodes:
-        states, said = zip(*make_examples(episode), strict=True)
+        examples = list(make_examples(episode))
+        said = [answer for _, answer in examples]
         topics = () if told else topics_of(episode["description"], tuple(wordings))
         named = named_in(episode["description"], said, topics)
         kinds = [(episode["task"], kind_of(said, i, told, topics)) for i in range(len(said))]
         texts[episode["split"]] += [(render(template, state, wordings), cased(answer, state, topics), named, kind)
-                                    for state, answer, kind in zip(states, said, kinds, strict=True)]
+                                    for (state, answer), kind in zip(examples, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()

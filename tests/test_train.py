@@ -389,6 +389,14 @@ def test_the_first_answers_to_name_what_the_task_is_about_are_a_kind_of_their_ow
     assert kinds == "new named next new new named last"
 
 
+def test_a_planners_examples_are_of_all_kinds_and_an_episode_may_have_none(tmp_path, experts):
+    idle = {**experts[0], "variation": 99, "steps": [step_of("wait()", "look around")]}
+    options = Options(data=[str(written(tmp_path / "train.jsonl", [*experts, idle]))],
+                      template=str(ROOT / "prompts/subgoal_compact.jinja"))
+    kinds = Counter(kind for *_, (_, kind) in prepare("subgoal", options, subgoal_examples)[1]["train"])
+    assert kinds["again"] > kinds["before"] > 0 and {"last", "new", "next"} < kinds.keys()
+
+
 def test_an_executor_decides_neither_ends_nor_names_as_its_subgoal_says_them(data):
     def kinds(role: str, make_examples, **more) -> set[str]:
         options = Options(data=[str(data)], template=str(ROOT / f"prompts/{role}_compact.jinja"))
