@@ -82,7 +82,11 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
+# Sub-goals of which 3 of 1,000 of the experts' are about what is not in view, and the words that a name is made of.
+HANDLED = re.compile("focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect")
+NOUN = re.compile(r"(?!(?:a|an|and|in|of|on|the)\b)[\w-]+")
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
+WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
     "done": "Done", "moves": "At the limit of moves", "failed": "Failed for good", "loop": "Going in circles",
@@ -138,7 +142,8 @@ class Agent:
         All beams, too, where the greedy one is strange; strange answers stand behind the others.
         """
         def strange(i: int, answer: str) -> bool:
-            return episodes[i].strange(answer, student.about["habits"].get(episodes[i].task))
+            topics = topics_of(episodes[i].description, tuple(student.about["wordings"]))
+            return episodes[i].strange(answer, student.about["habits"].get(episodes[i].task), topics)
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
@@ -225,14 +230,18 @@ class Live:
         chosen = Counter(step[kind] for step in self.here)
         return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
 
-    def strange(self, answer: str, habits: dict | None) -> bool:
+    def strange(self, answer: str, habits: dict | None, topics: tuple[str, ...]) -> bool:
         """Whether no expert of the task would say so, who all have some `habits_of`.
 
-        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured.
+        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured; or handles what
+        neither the state shows nor the task names.
         """
-        about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer)
+        about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
-        if had or ITSELF.fullmatch(answer):
+        shown = set(NOUN.findall(" ".join(self.state.values()).lower()))
+        unseen = HANDLED.match(answer) and any(
+            set(NOUN.findall(name)) - shown and not whole(name).search(self.description) for name in about)
+        if had or unseen or ITSELF.fullmatch(answer):
             return True
         return bool(habits and (
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
@@ -351,11 +360,15 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
 
 
 def wordings(action: str, state: dict) -> Iterator[str]:
-    """An action; then, if that is refused, with its objects' words in the order in which look or inventory have them.
+    """An action; then, if that is refused, without where its one object is said to be; then with its words reordered.
 
-    Experts say `egg turtle` of what a look calls turtle egg. Not every egg answers to both.
+    What is meant is known, and a wrong whereabouts decides nothing. The order is that of look or inventory: experts say
+    `egg turtle` of what a look calls turtle egg, and not every egg answers to both.
     """
     yield action
+    if len(names := parse_action(action)[1]) == 1:
+        action = action.replace(names[0], WHERE.sub("", names[0]))
+        yield action
     for name in parse_action(action)[1]:
         words = name.split()
         orders = map(" ".join, permutations(words)) if len(words) <= 4 else ()
@@ -826,7 +839,8 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
 DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased, cases_of, case_of,
-            topics_of, OFTEN, PATIENT.pattern, FOCUS.pattern, NEEDS.pattern, ITSELF.pattern)
+            topics_of, OFTEN, PATIENT.pattern, FOCUS.pattern, NEEDS.pattern, ITSELF.pattern,
+            WHERE.pattern)
 
 
 def run(args: argparse.Namespace):

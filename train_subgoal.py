@@ -67,6 +67,7 @@ VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
 # before had it; one had; both, and the next step has another; both (see `kind_of`). And the least share that such
 # examples have of what is shown of a task, 1 for what is left: see `Order`.
 KINDS = {"last": 0.2, "named": 0.1, "new": 0.2, "next": 0.2, "before": 0.2, "again": 1}
+FEW = 30  # trajectories: where a task has fewer, more objects have another name (who decides knew 6 animals by heart)
 REPEATED = 40  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -247,8 +248,9 @@ def case_of(topic: str, description: str, topics: tuple[str, ...]) -> str:
 
 
 def cases_of(state: dict, topics: tuple[str, ...]) -> dict[str, str]:
-    """Of the topics that have a case its word: that of the task's sentences (`case_of`), or of two that were measured,
-    where the task sets no limit, `more` or `less`.
+    """Of the topics that have a case its word: that of the task's sentences (`case_of`).
+
+    Or where the task sets no limit to what is measured: `known` of the first topic that was, of two `more` and `less`.
     """
     told = {topic: case for topic in topics if (case := case_of(topic, state["description"], topics))}
     shown = dict(state["results"])
@@ -256,8 +258,10 @@ def cases_of(state: dict, topics: tuple[str, ...]) -> dict[str, str]:
         shown[state["subgoal"]] = state["history"][-1]["observation"]
     read = {topic: float(measured[1]) for name, text in shown.items() if (measured := MEASURE.search(text))
             for topic in topics if whole(topic).search(name)}
-    if len(set(read.values())) < 2 or MEASURE.search(state["description"]):
+    if len(topics) < 2 or not read or MEASURE.search(state["description"]):
         return told
+    if len(set(read.values())) == 1:
+        return told | dict.fromkeys(read, "known")
     return told | {max(read, key=read.get): "more", min(read, key=read.get): "less"}
 
 
@@ -355,12 +359,13 @@ def whole(name: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){re.escape(name)}(?![\w(])", re.IGNORECASE)
 
 
-def unnamed(description: str, answer: str) -> set[str]:
-    """The objects in an answer that the task does not name."""
-    return {name for name in objects_of(answer) if not whole(name).search(description)}
+def unnamed(description: str, answer: str, topics: Iterable[str]) -> set[str]:
+    """The objects in an answer that the task does not name, and in whose names is none of its `topics_of`."""
+    return {name for name in objects_of(answer)
+            if not whole(name).search(description) and not any(whole(topic).search(name) for topic in topics)}
 
 
-def habits_of(experts: list[tuple[str, list[str]]]) -> dict:
+def habits_of(experts: list[tuple[str, list[str]]], wordings: tuple[str, ...]) -> dict:
     """What the experts of a task all do, from the task's description and the answers of each.
 
     focus  whether they focus on nothing that the task does not name
@@ -370,7 +375,7 @@ def habits_of(experts: list[tuple[str, list[str]]]) -> dict:
     for description, answers in experts:
         said.update({name for answer in answers for name in objects_of(answer)})
         for answer in answers:
-            others = unnamed(description, answer)
+            others = unnamed(description, answer, topics_of(description, wordings))
             untold |= others
             focus &= not (FOCUS.match(answer) and others & set(objects_of(answer)[:1]))
     return {"focus": focus, "told": sorted(name for name, count in said.items() if count > 1 and name not in untold)}
@@ -573,7 +578,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(),
                   train_examples=len(texts["train"]), dev_examples=len(texts["dev"]))
     tokenise = partial(examples_of, tokenizer, about=about, decoder=decoder)
-    train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
+    train = Examples(texts["train"], tokenise, words, about["rename"], training.seed)
     if options.lora:
         model = with_adapters(model, options.lora)
     trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]), options.per_task)
@@ -620,7 +625,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     taught = [episode for episode in episodes if episode["split"] == "train"]
     wordings = [wording_of(episode["description"] for episode in group)
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
-    experts = {}
+    experts, rename = {}, {}
     for episode in episodes:
         examples = list(make_examples(episode))
         said = [answer for _, answer in examples]
@@ -631,10 +636,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                                     for (state, answer), kind in zip(examples, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
+    for task, theirs in experts.items():
+        lacking = 0 if told else max(0, 1 - len(theirs) / FEW)
+        rename[task] = options.rename and options.rename + (1 - options.rename) * lacking
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
-        wordings=wordings, habits={task: habits_of(theirs) for task, theirs in experts.items()},
+        role=role, **more, base=options.model, rename=rename, tasks=lengths.to_dict(), teacher=teacher_of(taught),
+        wordings=wordings, habits={task: habits_of(theirs, tuple(wordings)) for task, theirs in experts.items()},
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 
@@ -678,11 +686,14 @@ def teacher_of(episodes: list[Episode]) -> dict:
 class Examples:
     """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
+    `rename` is the share of the objects that have one, by task.
+
     An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
     a kill, and several processes, are given the examples that one is.
     """
 
-    def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
+    def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: dict[str, float],
+                 seed: int):
         self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
         self.lengths = [len(tokenise([text])[0]["input_ids"]) for text in texts]  # all at once would fill gigabytes
 
@@ -691,9 +702,9 @@ class Examples:
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
         showing, i = index
-        text, answer, named, _ = self.texts[i]
+        text, answer, named, (task, _) = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename[task])])[0]
 
 
 class Order:
@@ -842,7 +853,7 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
     return {**about, **dict.fromkeys(("teacher", "habits", "wordings")), "template": digest(about["template"]),
-            "examples": digest(texts), "rename": options.rename, "per_task": options.per_task, "lora": options.lora,
+            "examples": digest(texts), "per_task": options.per_task, "lora": options.lora,
             **settings}
 
 
@@ -866,7 +877,8 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
+        "help": "share of the objects in an example that have another name, by chance; more where a task has few "
+        "trajectories (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
         "help": "examples of each task in an epoch, some of each of KINDS: a long task gives no more, those of a "
         "short one come again (default: all)"})

@@ -85,7 +85,8 @@ class Says:
     """In a student's place: it answers `say(state)`, likeliest first, and keeps what it was asked."""
 
     def __init__(self, say, habits: dict | None = None):
-        self.say, self.states, self.best, self.about = say, [], [], {"habits": habits or {}}
+        self.say, self.states, self.best = say, [], []
+        self.about = {"habits": habits or {}, "wordings": []}
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
         self.states += states

@@ -72,6 +72,8 @@ def taken(episode: Live) -> list[str]:
     (FIND_PLANT, ["fly", "focus on orange", "go to kitchen"], "go to kitchen", False),
     # what the look calls by the same words in another order is found
     (FROG_EGG, ["focus on egg frog", "focus on baby wolf"], "focus on frog egg", False),
+    # and where it was said to be decides nothing, but where something is to go does
+    (FROG_EGG, ["focus on frog egg in greenhouse", "focus on baby wolf"], "focus on frog egg", False),
     # a makeshift is the nearest valid action with a candidate's verb, and no focus
     (FIND_PLANT, ["fly", "go to kitchn"], "go to kitchen", True),
     (FIND_PLANT, ["focus on nothing here", "focus on orange"], "look around", True),
@@ -79,6 +81,7 @@ def taken(episode: Live) -> list[str]:
     # it keeps the box that something is moved to
     (BOXES, ["move unknown substance B to the crate", "fly"], "look around", True),
     (BOXES, ["move unknown substance B to rod box", "fly"], "look around", True),
+    (BOXES, ["move unknown substance B to red box in kitchen", "fly"], "look around", True),
     (BOXES, ["move the unknown thing B to green box", "fly"], "move unknown substance to green box", True),
 ])
 def test_the_first_candidate_that_the_simulator_accepts_is_taken_else_a_makeshift_that_decides_nothing(
@@ -173,11 +176,23 @@ def test_what_no_expert_of_the_task_would_say_stands_behind_the_other_beams(simu
     assert agent.choose([begun(simulator, *FIND_PLANT)])[1] == [best] and student.best == asked
 
 
+def test_what_has_a_topic_of_the_task_in_its_name_is_no_stranger(simulator):
+    task = "identify-life-stages-1"
+    student = Says(lambda state: ["focus on baby wolf", "focus on egg frog"], {task: {"focus": True, "told": []}})
+    student.about["wordings"] = ["earliest focus from is latest life of on stages starting task the to your"]
+    agent, episode = Agent(student, None, "none", [], beams=2), begun(simulator, task, 7)
+    assert "of the frog" in episode.description
+    assert agent.choose([episode])[1] == [["focus on egg frog", "focus on baby wolf"]]
+
+
 @pytest.mark.parametrize("planned, then", [
     ("find(egg)", "find(egg)"), ("find(orange)", "wait()"),
     ("heat(orange, orange)", "wait()"), ("move(orange, orange box)", "move(orange, orange box)"),
-    ("pour(orange, orange)", "pour(orange, orange)")])
-def test_what_is_in_the_inventory_is_not_looked_for_and_nothing_is_moved_into_itself(simulator, planned, then):
+    ("pour(orange, orange)", "pour(orange, orange)"),
+    ("focus_on(orange)", "focus_on(orange)"), ("focus_on(unicorn)", "wait()"), ("pick_up(unicorn)", "wait()"),
+    ("navigate_to(unicorn)", "navigate_to(unicorn)")])
+def test_nothing_is_moved_into_itself_what_one_has_is_not_looked_for_what_is_away_not_handled(
+        simulator, planned, then):
     agent = Agent(Says(lambda state: ["wait"]), Says(lambda state: [planned, "wait()"]), "model", [], beams=2)
     episode = begun(simulator, *FIND_PLANT)
     assert "an orange" in episode.state["inventory"] and agent.choose([episode])[0] == [then]

@@ -294,9 +294,10 @@ def test_of_two_that_were_measured_the_case_is_more_or_less():
     assert uncased("focus_on(plane less b)", both, ("b", "f")) == "focus_on(plane b)"
     wording = wording_of(["Which is longer, b or f?", "Which is longer, c or d?"])
     assert render(template("subgoal_compact"), both, [wording]).startswith("about less b ; about more f ; task:")
-    for undecided in (measured(("f", 12)), measured(("f", 12), ("b", 12)),
-                      measured(("f", 12), ("b", 3), task="Is b or f over 9 ticks?")):
-        assert cases_of(undecided, ("b", "f")) == {}
+    assert cases_of(measured(("f", 12)), ("b", "f")) == {"f": "known"}
+    assert cases_of(measured(("f", 12)), ("f",)) == {}, "what is measured on and on"
+    assert cases_of(measured(("f", 12), ("b", 12)), ("b", "f")) == {"f": "known", "b": "known"}
+    assert cases_of(measured(("f", 12), ("b", 3), task="Is b or f over 9 ticks?"), ("b", "f")) == {}
 
 
 @pytest.mark.parametrize("name, cases", [("subgoal_compact", {"above", "below"}), ("subgoal", set())])
@@ -316,14 +317,24 @@ def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
 
 
 def test_names_change_from_showing_to_showing_and_follow_from_the_seed_alone():
-    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
+    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, ("eggs", "new"))] * 50
 
     def shown(showing: int, seed: int = 0) -> list[str]:
-        examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
+        tokenise = partial(map, lambda pair: dict(input_ids=pair))
+        examples = Examples(texts, lambda pairs: [*tokenise(pairs)], ["wire", "wood"], {"eggs": 0.5}, seed)
         return [examples[showing, i]["input_ids"][1] for i in range(50)]
 
     assert shown(0) == shown(0) and shown(0) != shown(1) and shown(0) != shown(0, seed=1)
     assert 10 < shown(0).count("pick up egg") < 40
+
+
+def test_of_a_task_with_few_trajectories_more_names_change_for_who_decides_and_none_if_none_are_to(data):
+    def shares(rename: float, flat: bool) -> dict[str, float]:
+        options = Options(data=[str(data)], rename=rename, template=str(ROOT / "prompts/action_compact.jinja"))
+        return prepare("action", options, partial(action_examples, flat=flat), flat=flat)[0]["rename"]
+
+    assert len(shares(0.3, flat=True)) == 2 and min(shares(0.3, flat=True).values()) > 0.8
+    assert {*shares(0.3, flat=False).values()} == {0.3} and {*shares(0, flat=True).values()} == {0}
 
 
 # ---- The order of examples -------------------------------------------------------------------------------------------
@@ -410,8 +421,11 @@ def test_an_executor_decides_neither_ends_nor_names_as_its_subgoal_says_them(dat
 def test_a_student_knows_what_the_experts_of_a_task_all_do():
     experts = [("boil water", ["find(pot)", "fill(pot, water)", "focus_on(water, pot)"]),
                ("boil ice", ["find(pot)", "focus_on(ice)"]), ("boil water", ["heat(water)", "heat(ice)"])]
-    assert habits_of(experts) == {"focus": True, "told": ["water"]}, "ice was said unasked, and pots are always"
-    assert not habits_of([*experts, ("boil tin", ["focus_on(apple)"])])["focus"]
+    assert habits_of(experts, ()) == {"focus": True, "told": ["water"]}, "ice was said unasked, and pots are always"
+    stranger, topical = [("boil tin", ["focus_on(apple)"])], [("boil tin", ["focus_on(tin cup)"])]
+    wordings = (wording_of(["boil tin", "boil ice"]),)
+    assert not habits_of(experts + stranger, wordings)["focus"] and not habits_of(experts + topical, ())["focus"]
+    assert habits_of(experts + topical, wordings)["focus"], "the tin cup has the tin of the task in its name"
     options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / "prompts/subgoal_compact.jinja"))
     habits = prepare("subgoal", options, subgoal_examples)[0]["habits"]
     assert habits["melt"]["focus"] and not habits["find-plant"]["focus"]
