@@ -324,23 +324,28 @@ def named_in(description: str, answers: Iterable[str], topics: tuple[str, ...] =
         return bool(whole(name).search(description))
 
     objects = {name for answer in answers for name in objects_of(answer)}
-    objects = {next((topic for topic in topics if told(name) and whole(topic).search(name)), name) for name in objects}
-    objects |= {topic for topic in topics if case_of(topic, description, topics)}  # the box not chosen, too
+    about = {topic for topic in topics for name in objects if whole(topic).search(name)}
+    about |= {topic for topic in topics if case_of(topic, description, topics)}  # the box not chosen, too
+    objects = about | {name for name in objects if not (told(name) and any(whole(topic).search(name) for topic in about))}
     words = {word for name in objects if not told(name) for word in name.split() if not LITTLE.fullmatch(word)}
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
-def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random,
+def renamed(text: str, answer: str, named: dict[str, int], words: list[str], names: list[str], chance: random.Random,
             share: float) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
     episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
-    to be said.
+    to be said. Half of what the task itself names gets one of `names`, which other tasks name: what sounds natural is
+    to be copied from the task, too, and not known by heart. What it does not name was chosen for what it is.
     """
     new = {}
     for name, least in named.items():
         if chance.random() < share and len(whole(name).findall(text)) >= least:
+            if least == 1 and chance.random() < 0.5 and not whole(other := chance.choice(names)).search(text):
+                new[name] = other
+                continue
             made = chance.choices(words, k=chance.randint(1, 3))
             if chance.random() < 0.2:
                 made[-1] += chance.choice(words)
@@ -695,6 +700,7 @@ class Examples:
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: dict[str, float],
                  seed: int):
         self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
+        self.names = sorted({name for _, _, named, _ in texts for name, least in named.items() if least == 1})
         self.lengths = [len(tokenise([text])[0]["input_ids"]) for text in texts]  # all at once would fill gigabytes
 
     def __len__(self) -> int:
@@ -704,7 +710,7 @@ class Examples:
         showing, i = index
         text, answer, named, (task, _) = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename[task])])[0]
+        return self.tokenise([renamed(text, answer, named, self.words, self.names, chance, self.rename[task])])[0]
 
 
 class Order:

@@ -255,7 +255,7 @@ def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each
 def test_renamed_objects_have_new_names_wherever_they_stand():
     text, answer = "subgoal: move(red box, table) | sees: red box , red boxes , table , table", "move red box to table"
     named = {"red box": 2, "table": 2}
-    seen = {renamed(text, answer, named, ["wire", "wood"], random.Random(seed), 0.5) for seed in range(40)}
+    seen = {renamed(text, answer, named, ["wire", "wood"], [], random.Random(seed), 0.5) for seed in range(40)}
     assert len(seen) > 10
     for question, wanted in seen:
         box, table = wanted.removeprefix("move ").split(" to ")
@@ -280,7 +280,7 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
 ])
 def test_objects_are_renamed_in_task_look_and_answer_alike(text, answer, new_text, new_answer):
     named = named_in(text.partition(" | ")[0], [answer])
-    assert renamed(text, answer, named, ["wire"], random.Random(1), 1) == (new_text, new_answer)
+    assert renamed(text, answer, named, ["wire"], ["wire"], random.Random(22), 1) == (new_text, new_answer)
 
 
 def test_of_two_that_were_measured_the_case_is_more_or_less():
@@ -307,12 +307,22 @@ def test_small_students_learn_to_say_the_case_those_with_the_papers_template_wha
     assert {word for _, answer, *_ in sum(texts.values(), []) for word in re.findall("above|below", answer)} == cases
 
 
+def test_half_of_what_the_task_names_gets_another_tasks_name_which_its_text_has_not():
+    def names_of(told: str, names: list[str], least: int = 1) -> Counter:
+        shown = (renamed(f"task: boil {told} | sees: {told} , ice", f"find({told})", {told: least}, ["wood"], names,
+                         random.Random(seed), 1) for seed in range(100))
+        return Counter(answer for _, answer in shown)
+
+    assert 30 < names_of("tin", ["apple juice"])["find(apple juice)"] < 70
+    assert not names_of("tin", ["ice"])["find(ice)"] and not names_of("tin", ["lead"], least=2)["find(lead)"]
+
+
 def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
     """Were the chosen box alone renamed, students would learn to choose what has a strange name."""
     named = named_in(BOXES, ["find(tin)", "find(red wire)", "move(tin, red box)"], TOPICS)
     assert named == {"blue": 1, "red": 1, "red wire": 2, "tin": 1}
     text = "about above red ; about below blue ; use the red box"
-    assert renamed(text, "move(tin, above red box)", {"red": 1}, ["wood"], random.Random(1), 1) == (
+    assert renamed(text, "move(tin, above red box)", {"red": 1}, ["wood"], ["wood"], random.Random(22), 1) == (
         "about above wood ; about below blue ; use the wood box", "move(tin, above wood box)")
 
 
