@@ -323,10 +323,10 @@ def named_in(description: str, answers: Iterable[str], topics: tuple[str, ...] =
     def told(name: str) -> bool:
         return bool(whole(name).search(description))
 
-    objects = {name for answer in answers for name in objects_of(answer)}
-    about = {topic for topic in topics for name in objects if whole(topic).search(name)}
-    about |= {topic for topic in topics if case_of(topic, description, topics)}  # the box not chosen, too
-    objects = about | {name for name in objects if not (told(name) and any(whole(topic).search(name) for topic in about))}
+    said = {name for answer in answers for name in objects_of(answer)}
+    about = {topic for topic in topics  # of two boxes also the one that is not chosen
+             if case_of(topic, description, topics) or any(map(whole(topic).search, said))}
+    objects = about | {name for name in said if not told(name) or not any(whole(topic).search(name) for topic in about)}
     words = {word for name in objects if not told(name) for word in name.split() if not LITTLE.fullmatch(word)}
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
