@@ -48,7 +48,7 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
-WORD = re.compile("[a-z][a-z-]*")  # of a description in small letters
+WORD = re.compile("[a-z]+")  # of a description in small letters: yellow-orange paint is yellow and orange
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 FOCUS = re.compile("focus[_ ]on")  # an answer that cannot be taken back: on the wrong object it fails the task
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
