@@ -83,7 +83,7 @@ OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
 # Sub-goals of which 3 of 1,000 of the experts' are about what is not in view, and the words that a name is made of.
-HANDLED = re.compile("focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect")
+HANDLED = re.compile(r"(focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect)\(")
 NOUN = re.compile(r"(?!(?:a|an|and|in|of|on|the)\b)[\w-]+")
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
 WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
@@ -839,8 +839,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
 DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased, cases_of, case_of,
-            topics_of, OFTEN, PATIENT.pattern, FOCUS.pattern, NEEDS.pattern, ITSELF.pattern,
-            WHERE.pattern)
+            topics_of, OFTEN, *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, NOUN, ITSELF, WHERE)))
 
 
 def run(args: argparse.Namespace):

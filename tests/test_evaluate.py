@@ -190,7 +190,7 @@ def test_what_has_a_topic_of_the_task_in_its_name_is_no_stranger(simulator):
     ("heat(orange, orange)", "wait()"), ("move(orange, orange box)", "move(orange, orange box)"),
     ("pour(orange, orange)", "pour(orange, orange)"),
     ("focus_on(orange)", "focus_on(orange)"), ("focus_on(unicorn)", "wait()"), ("pick_up(unicorn)", "wait()"),
-    ("navigate_to(unicorn)", "navigate_to(unicorn)")])
+    ("navigate_to(unicorn)", "navigate_to(unicorn)"), ("connect unicorn to horn", "connect unicorn to horn")])
 def test_nothing_is_moved_into_itself_what_one_has_is_not_looked_for_what_is_away_not_handled(
         simulator, planned, then):
     agent = Agent(Says(lambda state: ["wait"]), Says(lambda state: [planned, "wait()"]), "model", [], beams=2)
