@@ -32,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import groupby, islice, permutations, zip_longest
 from pathlib import Path
 from typing import NotRequired
@@ -52,8 +52,8 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, FOCUS, answers, be_quiet, case_of, cases_of, has_bf16, missing, model_class, objects_of, question_tokens,
-    render, state_of, topics_of, trained_states, uncased, unnamed, whole
+    ABOUT, FOCUS, answers, be_quiet, case_of, cased, cases_of, examples_of, has_bf16, missing, model_class, objects_of,
+    question_tokens, render, state_of, topics_of, trained_states, uncased, unnamed, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,18 +139,29 @@ class Agent:
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
         """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
 
-        All beams, too, where the greedy one is strange; strange answers stand behind the others.
+        All beams, too, where the greedy one is strange; strange answers stand behind the others. Before them stands a
+        focus that who decides finds less likely than not, or than the points so far, as a wrong one fails the task for
+        good. Rather than a strange focus, where nothing else is left, the agent waits.
         """
-        def strange(i: int, answer: str) -> bool:
-            topics = topics_of(episodes[i].description, tuple(student.about["wordings"]))
-            return episodes[i].strange(answer, student.about["habits"].get(episodes[i].task), topics)
+        decides, habits = student is self.planner or self.subgoals == "none", student.about["habits"]
+
+        @cache
+        def strange(i: int, answer: str) -> int:
+            episode, topics = episodes[i], student.topics(states[i])
+            if episode.strange(answer, habits.get(episode.task), topics):
+                return 2
+            final = decides and FOCUS.match(answer)
+            return int(bool(final) and 100 * student.likelihood(states[i], answer) < max(50, episode.score))
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
 
         found = asked([i for i, episode in enumerate(episodes) if not episode.hesitates], 1)
         found |= asked([i for i in range(len(episodes)) if i not in found or strange(i, found[i][0])], self.beams)
-        return [sorted(found[i], key=partial(strange, i)) for i in range(len(episodes))]
+        ranked = [sorted(found[i], key=partial(strange, i)) for i in range(len(episodes))]
+        wait = "wait()" if student is self.planner else "wait1"
+        return [[wait, *beams] if FOCUS.match(beams[0]) and strange(i, beams[0]) == 2 else beams
+                for i, beams in enumerate(ranked)]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
         """The sub-goal that the executor gets where the planner would say `planned`: see --subgoals."""
@@ -705,9 +716,23 @@ class Student:
         new = [text for text in dict.fromkeys(texts) if (text, beams, best) not in self.known]
         for text, given in zip(new, self.generate(new, beams, best) if new else [], strict=True):
             self.known[text, beams, best] = given
-        topics = [topics_of(state["description"], tuple(self.about["wordings"])) for state in states]
-        return [[uncased(answer, state, names) for answer in self.known[text, beams, best]]
-                for text, state, names in zip(texts, states, topics, strict=True)]
+        return [[uncased(answer, state, self.topics(state)) for answer in self.known[text, beams, best]]
+                for text, state in zip(texts, states, strict=True)]
+
+    def topics(self, state: dict) -> tuple[str, ...]:
+        """What the state's task is about: see `topics_of`."""
+        return topics_of(state["description"], tuple(self.about["wordings"]))
+
+    def likelihood(self, state: dict, answer: str) -> float:
+        """Of an answer in a state, 0 to 1: by a forward pass of transformers, whatever the engine."""
+        import torch
+
+        text = render(self.about["template"], state, self.about["wordings"]), cased(answer, state, self.topics(state))
+        with self.lock, torch.inference_mode():
+            [example] = examples_of(self.tokenizer, [text], self.about, not self.model.config.is_encoder_decoder)
+            tokens, labels = (torch.tensor([example[name]], device=self.device) for name in ("input_ids", "labels"))
+            logits = self.model(input_ids=tokens, labels=labels).logits[labels >= 0].float()
+            return float(logits.log_softmax(-1).gather(1, labels[labels >= 0][:, None]).sum().exp())
 
     def generate(self, texts: list[str], beams: int, best: int) -> list[list[str]]:
         with self.lock:
@@ -838,8 +863,9 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased, cases_of, case_of,
-            topics_of, OFTEN, *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, NOUN, ITSELF, WHERE)))
+DECIDING = (Agent, Student.likelihood, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased,
+            cases_of, case_of, topics_of, OFTEN,
+            *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, NOUN, ITSELF, WHERE)))
 
 
 def run(args: argparse.Namespace):

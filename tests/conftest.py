@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # files run side by side, one a core; other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore Ctrl-C
 
 from annotate import EXAMPLES, Simulator, annotate_by_rules, read_episodes  # noqa: E402
+from train_subgoal import topics_of  # noqa: E402
 
 
 def command(script: str, *flags) -> list[str]:
@@ -86,12 +87,19 @@ class Says:
 
     def __init__(self, say, habits: dict | None = None):
         self.say, self.states, self.best = say, [], []
-        self.about = {"habits": habits or {}, "wordings": []}
+        self.about = {"habits": habits or {}}
+        self.wordings, self.likely = (), 1.0
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:
         self.states += states
         self.best += [best] * len(states)
         return [self.say(state)[:best] for state in states]
+
+    def topics(self, state: dict) -> tuple[str, ...]:
+        return topics_of(state["description"], self.wordings)
+
+    def likelihood(self, state: dict, answer: str) -> float:
+        return self.likely
 
 
 @pytest.fixture

@@ -179,10 +179,37 @@ def test_what_no_expert_of_the_task_would_say_stands_behind_the_other_beams(simu
 def test_what_has_a_topic_of_the_task_in_its_name_is_no_stranger(simulator):
     task = "identify-life-stages-1"
     student = Says(lambda state: ["focus on baby wolf", "focus on egg frog"], {task: {"focus": True, "told": []}})
-    student.about["wordings"] = ["earliest focus from is latest life of on stages starting task the to your"]
+    student.wordings = ("earliest focus from is latest life of on stages starting task the to your",)
     agent, episode = Agent(student, None, "none", [], beams=2), begun(simulator, task, 7)
     assert "of the frog" in episode.description
     assert agent.choose([episode])[1] == [["focus on egg frog", "focus on baby wolf"]]
+
+
+@pytest.mark.parametrize("likely, score, subgoals, held", [
+    (0.4, 0, "model", True), (0.6, 0, "model", False), (0.6, 70, "model", True), (0.8, 70, "model", False),
+    (0.4, 0, "none", True), (0.4, 0, "random", False)])
+def test_a_focus_waits_that_is_less_likely_than_not_or_than_the_points_so_far_are_worth(
+        simulator, likely, score, subgoals, held):
+    planner, executor = (Says(lambda state, says=says: says) for says in (
+        ["focus_on(orange)", "wait()"], ["focus on orange", "wait"]))
+    planner.likely = executor.likely = likely
+    agent = Agent(executor, planner if subgoals == "model" else None, subgoals, [], beams=2)
+    agent.pool, episode = ["wait()"], begun(simulator, *FIND_PLANT, ["wait"])
+    episode.steps[-1]["score"] = score
+    (subgoal,), (actions,) = agent.choose([episode])
+    said = subgoal if subgoals == "model" else actions[0]
+    assert said.startswith("wait" if held else "focus")
+
+
+def test_rather_than_focus_on_what_no_expert_would_the_agent_waits(simulator):
+    strange = {FIND_PLANT[0]: {"focus": True, "told": []}}
+    planner, executor = Says(lambda state: ["focus_on(egg)"], strange), Says(lambda state: ["focus on egg"], strange)
+    for agent in (Agent(executor, planner, "model", [], beams=2), Agent(executor, None, "none", [], beams=2)):
+        episode = begun(simulator, *FIND_PLANT)
+        (subgoal,), (actions,) = agent.choose([episode])
+        assert subgoal in ("wait()", None) and actions == ["wait1", "focus on egg"]
+        move(episode, subgoal, actions)
+        assert taken(episode) == ["wait1"]
 
 
 @pytest.mark.parametrize("planned, then", [
