@@ -245,14 +245,16 @@ class Live:
         """Whether no expert of the task would say so, who all have some `habits_of`.
 
         None looks for what it has, or moves or heats a thing into or on itself, but for what is poured; or handles what
-        neither the state shows nor the task names.
+        neither the state shows nor the task names; or focuses on a thing twice.
         """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
         shown = set(NOUN.findall(" ".join(self.state.values()).lower()))
         unseen = HANDLED.match(answer) and any(
             set(NOUN.findall(name)) - shown and not whole(name).search(self.description) for name in about)
-        if had or unseen or ITSELF.fullmatch(answer):
+        again = FOCUS.match(answer) and any(
+            answer in (step["subgoal"], step["action"]) and FOCUS.match(step["action"]) for step in self.steps)
+        if had or unseen or again or ITSELF.fullmatch(answer):
             return True
         return bool(habits and (
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))

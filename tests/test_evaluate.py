@@ -201,6 +201,21 @@ def test_a_focus_waits_that_is_less_likely_than_not_or_than_the_points_so_far_ar
     assert said.startswith("wait" if held else "focus")
 
 
+@pytest.mark.parametrize("subgoals, steps, then", [
+    ("model", [], "focus_on(orange)"), ("none", [], "focus on orange"),
+    ("model", [("focus_on(orange)", "focus on orange")], "wait()"), ("none", [(None, "focus on orange")], "wait"),
+    ("model", [("focus_on(orange)", "wait")], "focus_on(orange)")])
+def test_nothing_is_focused_on_twice_but_what_was_refused_may_be_tried_again(simulator, subgoals, steps, then):
+    planner, executor = (Says(lambda state, says=says: says) for says in (
+        ["focus_on(orange)", "wait()"], ["focus on orange", "wait"]))
+    agent = Agent(executor, planner if subgoals == "model" else None, subgoals, [], beams=2)
+    episode = begun(simulator, *FIND_PLANT)
+    for subgoal, action in steps:
+        episode.note(subgoal, action, "", 0)
+    (subgoal,), (actions,) = agent.choose([episode])
+    assert (subgoal or actions[0]) == then
+
+
 def test_rather_than_focus_on_what_no_expert_would_the_agent_waits(simulator):
     strange = {FIND_PLANT[0]: {"focus": True, "told": []}}
     planner, executor = Says(lambda state: ["focus_on(egg)"], strange), Says(lambda state: ["focus on egg"], strange)
