@@ -67,7 +67,6 @@ VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
 # before had it; one had; both, and the next step has another; both (see `kind_of`). And the least share that such
 # examples have of what is shown of a task, 1 for what is left: see `Order`.
 KINDS = {"last": 0.2, "named": 0.1, "new": 0.2, "next": 0.2, "before": 0.2, "again": 1}
-FEW = 30  # trajectories: where a task has fewer, more objects have another name (who decides knew 6 animals by heart)
 REPEATED = 40  # times that an example of a short task is shown in an epoch, at most: see `Order`
 BATCH = 64  # answers generated at a time
 ABOUT = "student.json"  # what makes a folder a student's: written last, read first
@@ -331,21 +330,17 @@ def named_in(description: str, answers: Iterable[str], topics: tuple[str, ...] =
     return {name: 1 if told(name) else 2 for name in sorted(objects | set(filter(told, words)))}
 
 
-def renamed(text: str, answer: str, named: dict[str, int], words: list[str], names: list[str], chance: random.Random,
+def renamed(text: str, answer: str, named: dict[str, int], words: list[str], chance: random.Random,
             share: float) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
     Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
     episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
-    to be said. Half of what the task itself names gets one of `names`, which other tasks name: what sounds natural is
-    to be copied from the task, too, and not known by heart. What it does not name was chosen for what it is.
+    to be said.
     """
     new = {}
     for name, least in named.items():
         if chance.random() < share and len(whole(name).findall(text)) >= least:
-            if least == 1 and chance.random() < 0.5 and not whole(other := chance.choice(names)).search(text):
-                new[name] = other
-                continue
             made = chance.choices(words, k=chance.randint(1, 3))
             if chance.random() < 0.2:
                 made[-1] += chance.choice(words)
@@ -583,7 +578,7 @@ def fine_tune(role: str, options: "Options", training, make_examples: Callable, 
     about |= dict(frame=frame_of(tokenizer, decoder), parameters=model.num_parameters(),
                   train_examples=len(texts["train"]), dev_examples=len(texts["dev"]))
     tokenise = partial(examples_of, tokenizer, about=about, decoder=decoder)
-    train = Examples(texts["train"], tokenise, words, about["rename"], training.seed)
+    train = Examples(texts["train"], tokenise, words, options.rename, training.seed)
     if options.lora:
         model = with_adapters(model, options.lora)
     trainer = make_trainer(model, tokenizer, training, train, tokenise(texts["dev"]), options.per_task)
@@ -630,7 +625,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     taught = [episode for episode in episodes if episode["split"] == "train"]
     wordings = [wording_of(episode["description"] for episode in group)
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
-    experts, rename = {}, {}
+    experts = {}
     for episode in episodes:
         examples = list(make_examples(episode))
         said = [answer for _, answer in examples]
@@ -641,12 +636,9 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                                     for (state, answer), kind in zip(examples, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
-    for task, theirs in experts.items():
-        lacking = 0 if told else max(0, 1 - len(theirs) / FEW)
-        rename[task] = options.rename and options.rename + (1 - options.rename) * lacking
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
-        role=role, **more, base=options.model, rename=rename, tasks=lengths.to_dict(), teacher=teacher_of(taught),
+        role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
         wordings=wordings, habits={task: habits_of(theirs, tuple(wordings)) for task, theirs in experts.items()},
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
@@ -691,16 +683,12 @@ def teacher_of(episodes: list[Episode]) -> dict:
 class Examples:
     """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
 
-    `rename` is the share of the objects that have one, by task.
-
     An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
     a kill, and several processes, are given the examples that one is.
     """
 
-    def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: dict[str, float],
-                 seed: int):
+    def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
         self.texts, self.tokenise, self.words, self.rename, self.seed = texts, tokenise, words, rename, seed
-        self.names = sorted({name for _, _, named, _ in texts for name, least in named.items() if least == 1})
         self.lengths = [len(tokenise([text])[0]["input_ids"]) for text in texts]  # all at once would fill gigabytes
 
     def __len__(self) -> int:
@@ -708,9 +696,9 @@ class Examples:
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
         showing, i = index
-        text, answer, named, (task, _) = self.texts[i]
+        text, answer, named, _ = self.texts[i]
         chance = random.Random(f"{self.seed} {showing} {i}")
-        return self.tokenise([renamed(text, answer, named, self.words, self.names, chance, self.rename[task])])[0]
+        return self.tokenise([renamed(text, answer, named, self.words, chance, self.rename)])[0]
 
 
 class Order:
@@ -859,7 +847,7 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
     return {**about, **dict.fromkeys(("teacher", "habits", "wordings")), "template": digest(about["template"]),
-            "examples": digest(texts), "per_task": options.per_task, "lora": options.lora,
+            "examples": digest(texts), "rename": options.rename, "per_task": options.per_task, "lora": options.lora,
             **settings}
 
 
@@ -883,8 +871,7 @@ class Options:
         "help": f"a model of the hub or a folder, seq2seq or a decoder alone, or one made from scratch: "
         f"{', '.join(SIZES)}"})
     rename: float = field(default=0.0, metadata={
-        "help": "share of the objects in an example that have another name, by chance; more where a task has few "
-        "trajectories (default: 0; from scratch 0.3)"})
+        "help": "share of the objects in an example that have another name, by chance (default: 0; from scratch 0.3)"})
     per_task: int | None = field(default=None, metadata={
         "help": "examples of each task in an epoch, some of each of KINDS: a long task gives no more, those of a "
         "short one come again (default: all)"})

@@ -102,7 +102,7 @@ def trainer_on(folder, texts: list[tuple], output) -> tuple:
     tokenise = partial(examples_of, tokenizer, about=about, decoder=not model.config.is_encoder_decoder)
     training = TrainingArguments(str(output), per_device_train_batch_size=8, max_steps=1, logging_steps=1,
                                  dataloader_pin_memory=False, report_to="none", eval_strategy="no", use_cpu=True)
-    examples = Examples([(*text, {}, ("", "new")) for text in texts], tokenise, [], {"": 0}, 0)
+    examples = Examples([(*text, {}, ("", "new")) for text in texts], tokenise, [], 0, 0)
     return make_trainer(model, tokenizer, training, examples, None, None), model
 
 

@@ -255,7 +255,7 @@ def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each
 def test_renamed_objects_have_new_names_wherever_they_stand():
     text, answer = "subgoal: move(red box, table) | sees: red box , red boxes , table , table", "move red box to table"
     named = {"red box": 2, "table": 2}
-    seen = {renamed(text, answer, named, ["wire", "wood"], [], random.Random(seed), 0.5) for seed in range(40)}
+    seen = {renamed(text, answer, named, ["wire", "wood"], random.Random(seed), 0.5) for seed in range(40)}
     assert len(seen) > 10
     for question, wanted in seen:
         box, table = wanted.removeprefix("move ").split(" to ")
@@ -280,7 +280,7 @@ def test_renamed_objects_have_new_names_wherever_they_stand():
 ])
 def test_objects_are_renamed_in_task_look_and_answer_alike(text, answer, new_text, new_answer):
     named = named_in(text.partition(" | ")[0], [answer])
-    assert renamed(text, answer, named, ["wire"], ["wire"], random.Random(22), 1) == (new_text, new_answer)
+    assert renamed(text, answer, named, ["wire"], random.Random(1), 1) == (new_text, new_answer)
 
 
 def test_of_two_that_were_measured_the_case_is_more_or_less():
@@ -307,44 +307,24 @@ def test_small_students_learn_to_say_the_case_those_with_the_papers_template_wha
     assert {word for _, answer, *_ in sum(texts.values(), []) for word in re.findall("above|below", answer)} == cases
 
 
-def test_half_of_what_the_task_names_gets_another_tasks_name_which_its_text_has_not():
-    def names_of(told: str, names: list[str], least: int = 1) -> Counter:
-        shown = (renamed(f"task: boil {told} | sees: {told} , ice", f"find({told})", {told: least}, ["wood"], names,
-                         random.Random(seed), 1) for seed in range(100))
-        return Counter(answer for _, answer in shown)
-
-    assert 30 < names_of("tin", ["apple juice"])["find(apple juice)"] < 70
-    assert not names_of("tin", ["ice"])["find(ice)"] and not names_of("tin", ["lead"], least=2)["find(lead)"]
-
-
 def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
     """Were the chosen box alone renamed, students would learn to choose what has a strange name."""
     named = named_in(BOXES, ["find(tin)", "find(red wire)", "move(tin, red box)"], TOPICS)
     assert named == {"blue": 1, "red": 1, "red wire": 2, "tin": 1}
     text = "about above red ; about below blue ; use the red box"
-    assert renamed(text, "move(tin, above red box)", {"red": 1}, ["wood"], ["wood"], random.Random(22), 1) == (
+    assert renamed(text, "move(tin, above red box)", {"red": 1}, ["wood"], random.Random(1), 1) == (
         "about above wood ; about below blue ; use the wood box", "move(tin, above wood box)")
 
 
 def test_names_change_from_showing_to_showing_and_follow_from_the_seed_alone():
-    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, ("eggs", "new"))] * 50
+    texts = [("do: egg | sees: egg", "pick up egg", {"egg": 2}, "eggs")] * 50
 
     def shown(showing: int, seed: int = 0) -> list[str]:
-        tokenise = partial(map, lambda pair: dict(input_ids=pair))
-        examples = Examples(texts, lambda pairs: [*tokenise(pairs)], ["wire", "wood"], {"eggs": 0.5}, seed)
+        examples = Examples(texts, lambda pairs: [dict(input_ids=pair) for pair in pairs], ["wire", "wood"], 0.5, seed)
         return [examples[showing, i]["input_ids"][1] for i in range(50)]
 
     assert shown(0) == shown(0) and shown(0) != shown(1) and shown(0) != shown(0, seed=1)
     assert 10 < shown(0).count("pick up egg") < 40
-
-
-def test_of_a_task_with_few_trajectories_more_names_change_for_who_decides_and_none_if_none_are_to(data):
-    def shares(rename: float, flat: bool) -> dict[str, float]:
-        options = Options(data=[str(data)], rename=rename, template=str(ROOT / "prompts/action_compact.jinja"))
-        return prepare("action", options, partial(action_examples, flat=flat), flat=flat)[0]["rename"]
-
-    assert len(shares(0.3, flat=True)) == 2 and min(shares(0.3, flat=True).values()) > 0.8
-    assert {*shares(0.3, flat=False).values()} == {0.3} and {*shares(0, flat=True).values()} == {0}
 
 
 # ---- The order of examples -------------------------------------------------------------------------------------------
