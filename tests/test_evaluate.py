@@ -380,6 +380,8 @@ def test_a_student_answers_the_same_alone_and_in_a_batch_by_either_engine(studen
     for engine in ("ctranslate2", "transformers"):
         student = Student(students[role], role, engine)
         together = student.answers(states, beams=5, best=3)
+        likely = [student.likelihood(states[0], answer) for answer in together[0]]
+        assert likely == sorted(likely, reverse=True) and 0 < sum(likely) <= 1
         student.known.clear()
         assert [student.answers([state], beams=5, best=3)[0] for state in states] == together
         best.append(student.answers(states, beams=1))

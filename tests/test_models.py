@@ -165,6 +165,8 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
     states = [{**state_of("", [], "", ""), "text": text} for text in ("c", "a b")]
     assert student.answers(states, beams=5, best=3) == 2 * [["b", "a c d", "a"]]
     assert student.engine == engine
+    likely = [student.likelihood(states[0], answer) for answer in ("b", "a c d", "a")]
+    assert likely == pytest.approx([0.45, 0.55 * 0.7 * 0.7, 0.55 * 0.3], rel=0.02)
 
 
 def test_merged_adapters_answer_as_unmerged_ones(folders, texts):

@@ -128,6 +128,7 @@ def test_what_a_task_is_about_are_the_phrases_in_which_its_descriptions_differ()
     assert topics_of("Your task is to grow a 7 m oak, in the green (dark green) box.", tuple(WORDINGS)) == (
         "oak", "green", "dark green")
     assert topics_of("Your task is to boil it.", tuple(WORDINGS)) == topics_of("Boil it.", ()) == ()
+    assert topics_of("Your task is to boil red-orange.", tuple(WORDINGS)) == ("red", "orange")
 
 
 BOXES = ("Measure tin in the hall, and then lead. If tin is above 5 degrees, use the red box. If tin is below 5 "
@@ -305,6 +306,11 @@ def test_small_students_learn_to_say_the_case_those_with_the_papers_template_wha
     options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / f"prompts/{name}.jinja"))
     texts = prepare("subgoal", options, subgoal_examples)[1]
     assert {word for _, answer, *_ in sum(texts.values(), []) for word in re.findall("above|below", answer)} == cases
+
+
+def test_what_a_task_is_about_is_renamed_where_it_stands_in_another_objects_name():
+    named = named_in("The stages of the common toad.", ["focus_on(egg common toad, outside)"], ("common toad",))
+    assert named["common toad"] == 1 and named["egg common toad"] == 2
 
 
 def test_where_a_box_is_to_be_chosen_all_have_other_names_alike():
