@@ -63,6 +63,7 @@ MAX_MOVES = 100  # the benchmark's limit on an episode
 RANDOM_EVERY = 10  # steps that a random sub-goal stands for (as in the paper's ablation)
 LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
 REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
+FOCUSED = "You focus on"  # … to a focus
 AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 TRIES = 3  # times that an episode is played whose simulator dies
 SAMPLE, SAME = 32, 0.9  # inputs on which a converted model is compared, and the share of equal answers it must reach
@@ -82,7 +83,7 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-# Sub-goals of which 3 of 1,000 of the experts' are about what is not in view, and the words that a name is made of.
+# Sub-goals of which 2 of 1,000 of the experts' are about what is not in view, and the words that a name is made of.
 HANDLED = re.compile(r"(focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect)\(")
 NOUN = re.compile(r"(?!(?:a|an|and|in|of|on|the)\b)[\w-]+")
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
@@ -249,11 +250,11 @@ class Live:
         """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
-        shown = set(NOUN.findall(" ".join(self.state.values()).lower()))
-        unseen = HANDLED.match(answer) and any(
-            set(NOUN.findall(name)) - shown and not whole(name).search(self.description) for name in about)
+        named = set(NOUN.findall(" ".join([self.description, *self.state.values()]).lower()))
+        unseen = HANDLED.match(answer) and any(set(NOUN.findall(name)) - named for name in about)
         again = FOCUS.match(answer) and any(
-            answer in (step["subgoal"], step["action"]) and FOCUS.match(step["action"]) for step in self.steps)
+            step["observation"].startswith(FOCUSED) and answer in (step["subgoal"], step["action"])
+            for step in self.steps)
         if had or unseen or again or ITSELF.fullmatch(answer):
             return True
         return bool(habits and (
@@ -866,7 +867,7 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
 DECIDING = (Agent, Student.likelihood, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased,
-            cases_of, case_of, topics_of, OFTEN,
+            cases_of, case_of, topics_of, OFTEN, FOCUSED,
             *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, NOUN, ITSELF, WHERE)))
 
 

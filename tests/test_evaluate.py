@@ -211,7 +211,7 @@ def test_nothing_is_focused_on_twice_but_what_was_refused_may_be_tried_again(sim
     agent = Agent(executor, planner if subgoals == "model" else None, subgoals, [], beams=2)
     episode = begun(simulator, *FIND_PLANT)
     for subgoal, action in steps:
-        episode.note(subgoal, action, "", 0)
+        episode.note(subgoal, action, "You focus on the orange." if "focus" in action else "", 0)
     (subgoal,), (actions,) = agent.choose([episode])
     assert (subgoal or actions[0]) == then
 
