@@ -52,8 +52,8 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, FOCUS, answers, be_quiet, case_of, cased, cases_of, examples_of, has_bf16, missing, model_class, objects_of,
-    question_tokens, render, state_of, topics_of, trained_states, uncased, unnamed, whole
+    ABOUT, FOCUS, LITTLE, answers, be_quiet, case_of, cased, cases_of, examples_of, has_bf16, missing, model_class,
+    objects_of, question_tokens, render, state_of, topics_of, trained_states, uncased, unnamed, whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-# Sub-goals of which 2 of 1,000 of the experts' are about what is not in view, and the words that a name is made of.
+# Sub-goals of which 2 of 1,000 of the experts' are about what neither is in view nor stands in the task.
 HANDLED = re.compile(r"(focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect)\(")
-NOUN = re.compile(r"(?!(?:a|an|and|in|of|on|the)\b)[\w-]+")
+SURE = 50  # percent: how likely a focus must be to whoever decides, or as likely as there are points to lose, if more
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
 WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
@@ -140,28 +140,30 @@ class Agent:
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
         """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
 
-        All beams, too, where the greedy one is strange; strange answers stand behind the others. Before them stands a
-        focus that who decides finds less likely than not, or than the points so far, as a wrong one fails the task for
-        good. Rather than a strange focus, where nothing else is left, the agent waits.
+        All beams, too, where there is an objection to the greedy one. What no expert would say stands behind the
+        others; before it a focus of which who decides is not SURE, as a wrong one fails the task for good. Rather than
+        focus on what no expert would, where nothing else is left, the agent waits.
         """
         decides, habits = student is self.planner or self.subgoals == "none", student.about["habits"]
+        NONE, DOUBT, STRANGE = range(3)
 
         @cache
-        def strange(i: int, answer: str) -> int:
-            episode, topics = episodes[i], student.topics(states[i])
-            if episode.strange(answer, habits.get(episode.task), topics):
-                return 2
-            final = decides and FOCUS.match(answer)
-            return int(bool(final) and 100 * student.likelihood(states[i], answer) < max(50, episode.score))
+        def objection(i: int, answer: str) -> int:
+            episode = episodes[i]
+            if episode.strange(answer, habits.get(episode.task), student.topics(states[i])):
+                return STRANGE
+            if not decides or not FOCUS.match(answer):
+                return NONE
+            return DOUBT if 100 * student.likelihood(states[i], answer) < max(SURE, episode.score) else NONE
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
 
         found = asked([i for i, episode in enumerate(episodes) if not episode.hesitates], 1)
-        found |= asked([i for i in range(len(episodes)) if i not in found or strange(i, found[i][0])], self.beams)
-        ranked = [sorted(found[i], key=partial(strange, i)) for i in range(len(episodes))]
+        found |= asked([i for i in range(len(episodes)) if i not in found or objection(i, found[i][0])], self.beams)
+        ranked = [sorted(found[i], key=partial(objection, i)) for i in range(len(episodes))]
         wait = "wait()" if student is self.planner else "wait1"
-        return [[wait, *beams] if FOCUS.match(beams[0]) and strange(i, beams[0]) == 2 else beams
+        return [[wait] * bool(FOCUS.match(beams[0]) and objection(i, beams[0]) == STRANGE) + beams
                 for i, beams in enumerate(ranked)]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
@@ -250,8 +252,9 @@ class Live:
         """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
-        named = set(NOUN.findall(" ".join([self.description, *self.state.values()]).lower()))
-        unseen = HANDLED.match(answer) and any(set(NOUN.findall(name)) - named for name in about)
+        words = set(re.findall(r"[\w-]+", " ".join([self.description, *self.state.values()]).lower()))
+        unseen = HANDLED.match(answer) and any(
+            word not in words and not LITTLE.fullmatch(word) for name in about for word in re.findall(r"[\w-]+", name))
         again = FOCUS.match(answer) and any(
             step["observation"].startswith(FOCUSED) and answer in (step["subgoal"], step["action"])
             for step in self.steps)
@@ -867,8 +870,8 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
 DECIDING = (Agent, Student.likelihood, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased,
-            cases_of, case_of, topics_of, OFTEN, FOCUSED,
-            *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, NOUN, ITSELF, WHERE)))
+            cases_of, case_of, topics_of, OFTEN, SURE, FOCUSED,
+            *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, ITSELF, WHERE, LITTLE)))
 
 
 def run(args: argparse.Namespace):
