@@ -52,8 +52,9 @@ from annotate import (
 )
 from train_action import executor_state
 from train_subgoal import (
-    ABOUT, FOCUS, LITTLE, answers, be_quiet, case_of, cased, cases_of, examples_of, has_bf16, missing, model_class,
-    objects_of, question_tokens, render, state_of, topics_of, trained_states, uncased, unnamed, whole
+    ABOUT, FOCUS, LITTLE, NAME, answers, be_quiet, case_of, cased, cases_of, examples_of, has_bf16, missing,
+    model_class, objects_of, question_tokens, render, state_of, topics_of, trained_states, uncased, unnamed, unshown,
+    whole
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ RANDOM_EVERY = 10  # steps that a random sub-goal stands for (as in the paper's 
 LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
 REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
 FOCUSED = "You focus on"  # … to a focus
+IN_VAIN = re.compile(r"(?!.*appear).*\b(already|can't|not|no)\b.*")  # … to what does nothing; a broken stove is news
 AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
 TRIES = 3  # times that an episode is played whose simulator dies
 SAMPLE, SAME = 32, 0.9  # inputs on which a converted model is compared, and the share of equal answers it must reach
@@ -79,13 +81,13 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
 # How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
-# experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience.
+# experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience,
+# for as long as something changes.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
+PATIENCE = 16  # steps: longer in circles go 5 of 2,421 experts
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-# Sub-goals of which 2 of 1,000 of the experts' are about what neither is in view nor stands in the task.
-HANDLED = re.compile(r"(focus_on|pick_up|fill|heat|cool|pour|power|plant|read|connect)\(")
-SURE = 50  # percent: how likely a focus must be to whoever decides, or as likely as there are points to lose, if more
+SURE = 50  # percent: how likely to who decides a final choice must be; or as likely as points are to be lost, if more
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
 WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
@@ -125,7 +127,7 @@ class Agent:
 
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
         """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
-        situations = [state_of(episode.description, episode.steps, **episode.state) for episode in episodes]
+        situations = [state_of(episode.description, episode.done, **episode.state) for episode in episodes]
         planned = [(None, None)] * len(episodes)
         if self.planner:
             beams = self.ask(self.planner, episodes, situations)
@@ -141,20 +143,21 @@ class Agent:
         """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
 
         All beams, too, where there is an objection to the greedy one. What no expert would say stands behind the
-        others; before it a focus of which who decides is not SURE, as a wrong one fails the task for good. Rather than
-        focus on what no expert would, where nothing else is left, the agent waits.
+        others; before it a focus, or one of the things that have a case, such as two boxes, of which who decides is not
+        SURE, as a wrong one fails the task for good. Rather than focus on what no expert would, where nothing else is
+        left, the agent waits.
         """
-        decides, habits = student is self.planner or self.subgoals == "none", student.about["habits"]
+        decides = student is self.planner or self.subgoals == "none"
         NONE, DOUBT, STRANGE = range(3)
 
         @cache
         def objection(i: int, answer: str) -> int:
-            episode = episodes[i]
-            if episode.strange(answer, habits.get(episode.task), student.topics(states[i])):
+            episode, topics = episodes[i], student.topics(states[i])
+            if episode.strange(answer, student.about, topics):
                 return STRANGE
-            if not decides or not FOCUS.match(answer):
-                return NONE
-            return DOUBT if 100 * student.likelihood(states[i], answer) < max(SURE, episode.score) else NONE
+            final = FOCUS.match(answer) or cased(answer, states[i], topics) != answer
+            sure = not decides or not final or 100 * student.likelihood(states[i], answer) >= max(SURE, episode.score)
+            return NONE if sure else DOUBT
 
         def asked(some: list[int], beams: int) -> dict[int, list[str]]:
             return dict(zip(some, student.answers([states[i] for i in some], beams, best=beams), strict=True))
@@ -230,6 +233,11 @@ class Live:
         return self.steps[-1]["score"] if self.steps else 0
 
     @property
+    def done(self) -> list[Step]:
+        """The steps that did something. Students are not told of others, of which experts have but what is open."""
+        return [step for step in self.steps if not IN_VAIN.fullmatch(step["observation"])]
+
+    @property
     def here(self) -> list[Step]:
         """The steps that were taken in the very state in which it is now."""
         return [step for step in self.steps if {name: step[name] for name in self.state} == self.state]
@@ -240,26 +248,38 @@ class Live:
         return bool(self.refused or self.here or self.sought and not self.missing(self.sought))
 
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
-        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN."""
-        chosen = Counter(step[kind] for step in self.here)
-        return sorted(candidates, key=lambda name: chosen[name] >= OFTEN[kind] and not PATIENT.match(name))
+        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN.
 
-    def strange(self, answer: str, habits: dict | None, topics: tuple[str, ...]) -> bool:
-        """Whether no expert of the task would say so, who all have some `habits_of`.
+        No focus takes their place: there is only one way back from a repetition, and none from a focus.
+        """
+        chosen, patient = Counter(step[kind] for step in self.here), not self.circles(PATIENCE)
 
-        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured; or handles what
-        neither the state shows nor the task names; or focuses on a thing twice.
+        def last(name: str) -> bool:
+            return chosen[name] >= OFTEN[kind] and not (patient and PATIENT.match(name)) or bool(
+                FOCUS.match(name) and name != candidates[0])
+
+        return sorted(candidates, key=last)
+
+    def circles(self, steps: int) -> bool:
+        """Whether the last so many steps repeat one cycle of at most LOOP / 4."""
+        last = self.effects[-steps:]
+        return len(last) == steps and any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
+
+    def strange(self, answer: str, student: dict, topics: tuple[str, ...]) -> bool:
+        """Whether no expert would say so: none of the task's by their `habits_of`, or none at all.
+
+        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured; or focuses on a
+        thing twice; or calls a thing by words that neither the state nor the task shows, but for a few (`unshown`).
         """
         about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
-        words = set(re.findall(r"[\w-]+", " ".join([self.description, *self.state.values()]).lower()))
-        unseen = HANDLED.match(answer) and any(
-            word not in words and not LITTLE.fullmatch(word) for name in about for word in re.findall(r"[\w-]+", name))
+        unheard = unshown(answer, self.description, *self.state.values()) - set(student["unshown"])
         again = FOCUS.match(answer) and any(
             step["observation"].startswith(FOCUSED) and answer in (step["subgoal"], step["action"])
             for step in self.steps)
-        if had or unseen or again or ITSELF.fullmatch(answer):
+        if had or unheard or again or ITSELF.fullmatch(answer):
             return True
+        habits = student["habits"].get(self.task)
         return bool(habits and (
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
 
@@ -418,9 +438,7 @@ def ending(episode: Live, completed: bool) -> str | None:
         return "done"
     if len(episode.steps) >= MAX_MOVES:
         return "moves"
-    last = episode.effects[-LOOP:]
-    circles = any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
-    return "loop" if circles and len(last) == LOOP else None
+    return "loop" if episode.circles(LOOP) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,7 +717,7 @@ class Student:
         self.folder = Path(folder)
         try:
             self.about = json.loads((self.folder / ABOUT).read_text())
-            trained, *_ = (self.about[name] for name in ("role", "frame", "habits", "wordings"))
+            trained, *_ = (self.about[name] for name in ("role", "frame", "habits", "wordings", "unshown"))
         except (OSError, ValueError, KeyError):
             fail(f"{folder} is not a finished model folder (it has no whole {ABOUT}). Train one with train_{role}.py.")
         if trained != role:
@@ -869,9 +887,9 @@ def agent_of(args: argparse.Namespace) -> Agent:
 
 
 # The code that decides how an agent plays: episodes of other code are not mixed with its own.
-DECIDING = (Agent, Student.likelihood, Live, play, move, wordings, makeshift, ending, unnamed, missing, uncased,
-            cases_of, case_of, topics_of, OFTEN, SURE, FOCUSED,
-            *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, HANDLED, ITSELF, WHERE, LITTLE)))
+DECIDING = (Agent, Student.likelihood, Live, play, move, wordings, makeshift, ending, unnamed, unshown, missing,
+            cased, uncased, cases_of, case_of, topics_of, OFTEN, PATIENCE, LOOP, SURE, FOCUSED,
+            *(pattern.pattern for pattern in (PATIENT, FOCUS, NEEDS, ITSELF, WHERE, LITTLE, NAME, IN_VAIN)))
 
 
 def run(args: argparse.Namespace):

@@ -49,6 +49,7 @@ HISTORY = 10  # the last ten actions are shown (the paper's number)
 TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
 MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
 WORD = re.compile("[a-z]+")  # of a description in small letters: yellow-orange paint is yellow and orange
+NAME = re.compile(r"[\w-]+")  # a word of an object's name
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
 FOCUS = re.compile("focus[_ ]on")  # an answer that cannot be taken back: on the wrong object it fails the task
 # The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
@@ -365,6 +366,13 @@ def unnamed(description: str, answer: str, topics: Iterable[str]) -> set[str]:
             if not whole(name).search(description) and not any(whole(topic).search(name) for topic in topics)}
 
 
+def unshown(answer: str, *texts: str) -> set[str]:
+    """The words by which an answer calls objects and that none of the texts has."""
+    shown = set(NAME.findall(" ".join(texts).lower()))
+    return {word for name in objects_of(answer) for word in NAME.findall(name)
+            if word not in shown and not LITTLE.fullmatch(word)}
+
+
 def habits_of(experts: list[tuple[str, list[str]]], wordings: tuple[str, ...]) -> dict:
     """What the experts of a task all do, from the task's description and the answers of each.
 
@@ -625,7 +633,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     taught = [episode for episode in episodes if episode["split"] == "train"]
     wordings = [wording_of(episode["description"] for episode in group)
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
-    experts = {}
+    experts, rare = {}, set()
     for episode in episodes:
         examples = list(make_examples(episode))
         said = [answer for _, answer in examples]
@@ -636,10 +644,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                                     for (state, answer), kind in zip(examples, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
+            rare.update(*(unshown(answer, *(state[name] for name in ("description", "look", "inventory")))
+                          for state, answer in examples))
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
         role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
         wordings=wordings, habits={task: habits_of(theirs, tuple(wordings)) for task, theirs in experts.items()},
+        unshown=sorted(rare),
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 
@@ -846,9 +857,9 @@ def command_of(about: dict, texts: dict, options: "Options", training) -> dict:
     """Everything that decides what a checkpoint is a checkpoint of; not how many processes share the work."""
     settings = {name: value for name, value in json.loads(training.to_json_string()).items()
                 if not name.startswith(("logging", "output", "dataloader", "local", "per_device_eval"))}
-    return {**about, **dict.fromkeys(("teacher", "habits", "wordings")), "template": digest(about["template"]),
-            "examples": digest(texts), "rename": options.rename, "per_task": options.per_task, "lora": options.lora,
-            **settings}
+    return {**about, **dict.fromkeys(("teacher", "habits", "wordings", "unshown")),
+            "template": digest(about["template"]), "examples": digest(texts), "rename": options.rename,
+            "per_task": options.per_task, "lora": options.lora, **settings}
 
 
 def last_checkpoint(output: Path, command: dict) -> str | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -85,9 +86,9 @@ def step_of(subgoal: str | None = "wait()", action: str = "wait", score: int = 0
 class Says:
     """In a student's place: it answers `say(state)`, likeliest first, and keeps what it was asked."""
 
-    def __init__(self, say, habits: dict | None = None):
+    def __init__(self, say, habits: dict | None = None, unshown: Iterable[str] = ("nowhere",)):
         self.say, self.states, self.best = say, [], []
-        self.about = {"habits": habits or {}}
+        self.about = {"habits": habits or {}, "unshown": unshown}
         self.wordings, self.likely = (), 1.0
 
     def answers(self, states: list[dict], beams: int, best: int = 1) -> list[list[str]]:

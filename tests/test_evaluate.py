@@ -15,9 +15,9 @@ from conftest import Says, alive, command, descendants, kill_when, run, step_of,
 
 import evaluate
 from annotate import Game, Simulator, actions_of, in_threads, pair_of, read_episodes
-from evaluate import LOOP, TRIES, Agent, Live, Student, ending, move, play
+from evaluate import LOOP, PATIENCE, TRIES, Agent, Live, Student, ending, move, play
 from train_action import action_examples
-from train_subgoal import subgoal_examples, trained_states
+from train_subgoal import subgoal_examples, trained_states, wording_of
 
 FIND_PLANT = ("find-plant", 0)
 FROG_EGG = ("find-animal", 226, ["teleport to outside"])  # a look shows it
@@ -119,14 +119,17 @@ def test_what_was_done_in_the_very_same_state_goes_behind_the_other_beams_but_no
     assert taken(episode)[2:] == ["wait"] * 3 and episode.invalid == []
 
 
-@pytest.mark.parametrize("beams, often", [(["find(egg)", "navigate_to(kitchen)"], 5),
-                                          (["wait()", "navigate_to(kitchen)"], 9)])
-def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next(simulator, beams, often):
-    agent = Agent(Says(lambda state: ["look around"]), Says(lambda state: beams), "model", [], beams=2)
+@pytest.mark.parametrize("beams, often", [
+    (["find(egg)", "navigate_to(kitchen)"], 5), (["wait()", "navigate_to(kitchen)"], PATIENCE),
+    (["wait()", "focus_on(orange)"], PATIENCE)])  # from which there is no way back
+def test_a_subgoal_that_leads_nowhere_gives_way_to_the_planners_next_but_to_no_focus(simulator, beams, often):
+    planner = Says(lambda state: beams, unshown=["egg", "kitchen"])
+    agent = Agent(Says(lambda state: ["look around"]), planner, "model", [], beams=2)
     episode = begun(simulator, *FIND_PLANT)
-    for _ in range(9):
+    for _ in range(often + 4):
         act(agent, episode)
-    assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [beams[1]] * (9 - often)
+    after = beams[0] if beams[1].startswith("focus") else beams[1]
+    assert [step["subgoal"] for step in episode.steps] == [beams[0]] * often + [after] * 4
 
 
 @pytest.mark.parametrize("first, later, then", [
@@ -171,14 +174,16 @@ def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_stat
     ({"focus": False, "told": ["egg", "plant", "water"]}, [1, 3], ["focus on plant", "focus on egg", "pick up water"]),
     ({"focus": False, "told": ["plant"]}, [1], ["focus on egg"])])
 def test_what_no_expert_of_the_task_would_say_stands_behind_the_other_beams(simulator, habits, asked, best):
-    student = Says(lambda state: ["focus on egg", "focus on plant", "pick up water"], {FIND_PLANT[0]: habits})
+    student = Says(lambda state: ["focus on egg", "focus on plant", "pick up water"], {FIND_PLANT[0]: habits},
+                   unshown=["egg", "plant", "water"])
     agent = Agent(student, None, "none", [], beams=3)
     assert agent.choose([begun(simulator, *FIND_PLANT)])[1] == [best] and student.best == asked
 
 
 def test_what_has_a_topic_of_the_task_in_its_name_is_no_stranger(simulator):
     task = "identify-life-stages-1"
-    student = Says(lambda state: ["focus on baby wolf", "focus on egg frog"], {task: {"focus": True, "told": []}})
+    student = Says(lambda state: ["focus on baby wolf", "focus on egg frog"], {task: {"focus": True, "told": []}},
+                   unshown=["wolf", "egg"])
     student.wordings = ("earliest focus from is latest life of on stages starting task the to your",)
     agent, episode = Agent(student, None, "none", [], beams=2), begun(simulator, task, 7)
     assert "of the frog" in episode.description
@@ -199,6 +204,18 @@ def test_a_focus_waits_that_is_less_likely_than_not_or_than_the_points_so_far_ar
     (subgoal,), (actions,) = agent.choose([episode])
     said = subgoal if subgoals == "model" else actions[0]
     assert said.startswith("wait" if held else "focus")
+
+
+@pytest.mark.parametrize("likely, planned, then", [
+    (0.6, "move(unknown substance b, red box)", "wait()"), (0.95, "move(unknown substance b, red box)", None),
+    (0.6, "pick_up(red light bulb)", None)])
+def test_a_box_is_chosen_by_who_is_sure_of_it_alone(simulator, likely, planned, then):
+    planner, episode = Says(lambda state: [planned, "wait()"], unshown=["light", "bulb"]), begun(simulator, *BOXES)
+    planner.likely, episode.steps[-1]["score"] = likely, 92
+    other = episode.description.replace("red box", "blue box").replace("green box", "orange box")
+    planner.wordings = (wording_of([episode.description, other]),)
+    agent = Agent(Says(lambda state: ["wait"]), planner, "model", [], beams=2)
+    assert agent.choose([episode])[0] == [then or planned]
 
 
 @pytest.mark.parametrize("subgoals, steps, then", [
@@ -228,14 +245,15 @@ def test_rather_than_focus_on_what_no_expert_would_the_agent_waits(simulator):
 
 
 @pytest.mark.parametrize("planned, then", [
-    ("find(egg)", "find(egg)"), ("find(orange)", "wait()"),
+    ("find(egg)", "wait()"), ("find(plant)", "find(plant)"), ("find(orange)", "wait()"),
     ("heat(orange, orange)", "wait()"), ("move(orange, orange box)", "move(orange, orange box)"),
     ("pour(orange, orange)", "pour(orange, orange)"),
-    ("focus_on(orange)", "focus_on(orange)"), ("focus_on(unicorn)", "wait()"), ("pick_up(unicorn)", "wait()"),
-    ("navigate_to(unicorn)", "navigate_to(unicorn)"), ("connect unicorn to horn", "connect unicorn to horn")])
-def test_nothing_is_moved_into_itself_what_one_has_is_not_looked_for_what_is_away_not_handled(
+    ("focus_on(orange)", "focus_on(orange)"), ("focus_on(unicorn)", "wait()"), ("pick_up(orange, unicorn)", "wait()"),
+    ("navigate_to(unicorn)", "wait()"), ("navigate_to(foundry)", "navigate_to(foundry)")])
+def test_nothing_is_moved_into_itself_what_one_has_is_not_looked_for_what_is_unheard_of_not_said(
         simulator, planned, then):
-    agent = Agent(Says(lambda state: ["wait"]), Says(lambda state: [planned, "wait()"]), "model", [], beams=2)
+    planner = Says(lambda state: [planned, "wait()"], unshown=["foundry"])
+    agent = Agent(Says(lambda state: ["wait"]), planner, "model", [], beams=2)
     episode = begun(simulator, *FIND_PLANT)
     assert "an orange" in episode.state["inventory"] and agent.choose([episode])[0] == [then]
 
@@ -247,6 +265,14 @@ def test_of_several_things_that_an_action_may_mean_the_first_is_taken(simulator)
     assert asked["observation"].startswith("Ambiguous request") and answered["action"] == "0"
     assert answered["observation"] == "You focus on the book (Moby Dick)." and answered["score"] > asked["score"]
     assert answered["subgoal"] == "focus_on(book)" and episode.invalid == []
+
+
+def test_students_are_not_told_of_what_did_nothing(simulator):
+    student = Says(lambda state: ["wait"])
+    episode = begun(simulator, *FIND_PLANT, ["open door to kitchen", "wait1"])
+    Agent(student, None, "none", [], beams=2).choose([episode])
+    assert taken(episode)[0] == "open door to kitchen" and "already open" in episode.steps[0]["observation"]
+    assert [told["action"] for told in student.states[-1]["history"]] == ["wait1"] and student.states[-1]["step"] == 2
 
 
 # ---- How episodes end ------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_beams_are_in_the_order_of_the_whole_answers_likelihood(tmp_path, engine
     model.save_pretrained(tmp_path)
     (tmp_path / ABOUT).write_text(json.dumps(dict(
         role="action", template="{{ text }}", frame=[[], [0], [1]], max_source_length=9, max_target_length=9,
-        habits={}, wordings=[])))
+        habits={}, wordings=[], unshown=[])))
     student = Student(tmp_path, "action", engine)
     states = [{**state_of("", [], "", ""), "text": text} for text in ("c", "a b")]
     assert student.answers(states, beams=5, best=3) == 2 * [["b", "a c d", "a"]]

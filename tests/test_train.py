@@ -423,8 +423,9 @@ def test_a_student_knows_what_the_experts_of_a_task_all_do():
     assert not habits_of(experts + stranger, wordings)["focus"] and not habits_of(experts + topical, ())["focus"]
     assert habits_of(experts + topical, wordings)["focus"], "the tin cup has the tin of the task in its name"
     options = Options(data=[str(ROOT / "prompts/examples.jsonl")], template=str(ROOT / "prompts/subgoal_compact.jinja"))
-    habits = prepare("subgoal", options, subgoal_examples)[0]["habits"]
-    assert habits["melt"]["focus"] and not habits["find-plant"]["focus"]
+    about = prepare("subgoal", options, subgoal_examples)[0]
+    assert about["habits"]["melt"]["focus"] and not about["habits"]["find-plant"]["focus"]
+    assert "kitchen" in about["unshown"] and not {"thermometer", "with", "find"} & set(about["unshown"])
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
