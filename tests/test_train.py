@@ -18,12 +18,12 @@ from transformers import AutoTokenizer
 import train_action
 import train_subgoal
 from annotate import read_episodes
-from evaluate import Agent, Live, Student
+from evaluate import IN_VAIN, Agent, Live, Student
 from train_action import action_examples, executor_state
 from train_subgoal import (
     KINDS, REPEATED, UNTRAINED, Examples, Options, Order, case_of, cased, cases_of, compact, compared, habits_of,
     kind_of, named_in, new_model, prepare, read_data, render, renamed, simulator_words, state_of, subgoal_examples,
-    topics_of, trained_states, uncased, wording_of
+    topics_of, trained_states, uncased, unshown, wording_of
 )
 
 PLANNER, EXECUTOR = "train_subgoal.py", "train_action.py"
@@ -38,12 +38,15 @@ def template(name: str) -> str:
 
 @pytest.mark.parametrize("number", range(30))
 def test_training_and_acting_show_the_same_of_a_state_and_the_flat_baseline_no_subgoal(experts, number):
-    episode = experts[number]
+    # but of what did nothing: 59 of 80,549 trained steps, which an agent is not told of when they are its own
+    episode = {**experts[number], "steps": [
+        step for step in experts[number]["steps"] if not IN_VAIN.fullmatch(step["observation"])]}
     steps = [step for _, step in trained_states(episode)]
     live = Live(episode["task"], episode["variation"])
     live.description = episode["description"]
-    planner = Says(lambda state: [steps[len(live.steps)]["subgoal"]])
-    executor, flat = (Says(lambda state: [steps[len(live.steps)]["action"]]) for _ in range(2))
+    said = {word for step in steps for kind in ("subgoal", "action") for word in unshown(step[kind])}
+    planner, executor, flat = (Says(lambda state, kind=kind: [steps[len(live.steps)][kind]], unshown=said)
+                               for kind in ("subgoal", "action", "action"))
     agent, baseline = Agent(executor, planner, "model", [], beams=1), Agent(flat, None, "none", [], beams=1)
     for step in steps:
         live.state = {"look": step["look"], "inventory": step["inventory"]}
