@@ -85,9 +85,9 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
 # for as long as something changes.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
-PATIENCE = 16  # steps: longer in circles go 5 of 2,421 experts
+PATIENCE = 16  # steps in circles, and it ends: 5 of 2,421 experts go on for longer
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-SURE = 50  # percent: how likely to who decides a final choice must be; or as likely as points are to be lost, if more
+SURE = 50  # percent: the least likelihood of a final choice to who decides; with more points to lose, their number
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
 WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
@@ -166,7 +166,7 @@ class Agent:
         found |= asked([i for i in range(len(episodes)) if i not in found or objection(i, found[i][0])], self.beams)
         ranked = [sorted(found[i], key=partial(objection, i)) for i in range(len(episodes))]
         wait = "wait()" if student is self.planner else "wait1"
-        return [[wait] * bool(FOCUS.match(beams[0]) and objection(i, beams[0]) == STRANGE) + beams
+        return [[wait, *beams] if FOCUS.match(beams[0]) and objection(i, beams[0]) == STRANGE else beams
                 for i, beams in enumerate(ranked)]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
@@ -234,7 +234,7 @@ class Live:
 
     @property
     def done(self) -> list[Step]:
-        """The steps that did something. Students are not told of others, of which experts have but what is open."""
+        """The steps that did something. Students are not told of others: experts have none but at open doors."""
         return [step for step in self.steps if not IN_VAIN.fullmatch(step["observation"])]
 
     @property
@@ -250,13 +250,14 @@ class Live:
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
         """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN.
 
-        No focus takes their place: there is only one way back from a repetition, and none from a focus.
+        No focus takes their place: from a repetition there is a way back, from a focus none.
         """
         chosen, patient = Counter(step[kind] for step in self.here), not self.circles(PATIENCE)
 
         def last(name: str) -> bool:
-            return chosen[name] >= OFTEN[kind] and not (patient and PATIENT.match(name)) or bool(
-                FOCUS.match(name) and name != candidates[0])
+            if FOCUS.match(name) and name != candidates[0]:
+                return True
+            return chosen[name] >= OFTEN[kind] and not (patient and PATIENT.match(name))
 
         return sorted(candidates, key=last)
 
@@ -265,23 +266,24 @@ class Live:
         last = self.effects[-steps:]
         return len(last) == steps and any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
 
-    def strange(self, answer: str, student: dict, topics: tuple[str, ...]) -> bool:
+    def strange(self, answer: str, about: dict, topics: tuple[str, ...]) -> bool:
         """Whether no expert would say so: none of the task's by their `habits_of`, or none at all.
 
-        None looks for what it has, or moves or heats a thing into or on itself, but for what is poured; or focuses on a
-        thing twice; or calls a thing by words that neither the state nor the task shows, but for a few (`unshown`).
+        `about` is the student's, which knows them. None looks for what it has, or moves or heats a thing into or on
+        itself, but for what is poured; or focuses on a thing twice; or calls a thing by words that neither the state
+        nor the task shows, but for a few (`unshown`).
         """
-        about, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
-        had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in about)
-        unheard = unshown(answer, self.description, *self.state.values()) - set(student["unshown"])
+        first, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
+        had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in first)
+        unheard = unshown(answer, self.description, *self.state.values()) - set(about["unshown"])
         again = FOCUS.match(answer) and any(
             step["observation"].startswith(FOCUSED) and answer in (step["subgoal"], step["action"])
             for step in self.steps)
         if had or unheard or again or ITSELF.fullmatch(answer):
             return True
-        habits = student["habits"].get(self.task)
+        habits = about["habits"].get(self.task)
         return bool(habits and (
-            others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & about))
+            others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & first))
 
     def missing(self, subgoal: str) -> list[str]:
         """What a sub-goal is about and the task names, but neither look nor inventory shows."""

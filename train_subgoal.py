@@ -633,7 +633,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
     taught = [episode for episode in episodes if episode["split"] == "train"]
     wordings = [wording_of(episode["description"] for episode in group)
                 for _, group in groupby(taught, key=itemgetter("task")) if "{{ about }}" in template]
-    experts, rare = {}, set()
+    experts, unseen = {}, set()
     for episode in episodes:
         examples = list(make_examples(episode))
         said = [answer for _, answer in examples]
@@ -644,13 +644,13 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
                                     for (state, answer), kind in zip(examples, kinds, strict=True)]
         if episode["split"] == "train":
             experts.setdefault(episode["task"], []).append((episode["description"], said))
-            rare.update(*(unshown(answer, *(state[name] for name in ("description", "look", "inventory")))
-                          for state, answer in examples))
+            unseen.update(*(unshown(answer, *(state[name] for name in ("description", "look", "inventory")))
+                            for state, answer in examples))
     lengths = pd.Series({(e["task"], e["variation"]): len(e["steps"]) for e in taught}).groupby(level=0).mean()
     about = dict(
         role=role, **more, base=options.model, tasks=lengths.to_dict(), teacher=teacher_of(taught),
         wordings=wordings, habits={task: habits_of(theirs, tuple(wordings)) for task, theirs in experts.items()},
-        unshown=sorted(rare),
+        unshown=sorted(unseen),
         max_source_length=options.max_source_length, max_target_length=options.max_target_length, template=template)
     return about, texts
 

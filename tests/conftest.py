@@ -86,7 +86,7 @@ def step_of(subgoal: str | None = "wait()", action: str = "wait", score: int = 0
 class Says:
     """In a student's place: it answers `say(state)`, likeliest first, and keeps what it was asked."""
 
-    def __init__(self, say, habits: dict | None = None, unshown: Iterable[str] = ("nowhere",)):
+    def __init__(self, say, habits: dict | None = None, unshown: Iterable[str] = ()):
         self.say, self.states, self.best = say, [], []
         self.about = {"habits": habits or {}, "unshown": unshown}
         self.wordings, self.likely = (), 1.0

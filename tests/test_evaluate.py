@@ -160,7 +160,7 @@ def test_what_the_task_names_and_is_nowhere_to_be_seen_is_looked_for_in_other_ro
 
 
 def test_all_beams_are_asked_for_where_the_greedy_answer_was_refused_or_the_state_is_known(simulator):
-    student = Says(lambda state: ["go to nowhere", "open door to kitchen", "go to kitchen"])
+    student = Says(lambda state: ["go to nowhere", "open door to kitchen", "go to kitchen"], unshown=["nowhere"])
     agent, episode, moves = Agent(student, None, "none", [], beams=3), begun(simulator, *FIND_PLANT), []
     for _ in range(4):
         act(agent, episode)
