@@ -436,10 +436,13 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
     """
     import torch
     from torch.nn.init import orthogonal_
+    from transformers.masking_utils import eager_mask
 
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=vocabulary, decoder_start_token_id=0, dropout_rate=0.0, **SIZES[size]))
-    model.set_attn_implementation("eager")  # for so small a model faster than PyTorch's fused attention
+    transformers.AttentionInterface.register("unscaled", attend)
+    transformers.AttentionMaskInterface.register("unscaled", eager_mask)
+    model.set_attn_implementation("unscaled")
     width = model.config.d_kv  # of a head
     first = model.encoder.block[0].layer[0].SelfAttention
     bias = first.relative_attention_bias.weight.data  # (distance, head)
@@ -463,6 +466,18 @@ def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGener
             attention.q.weight.data[head * width : (head + 1) * width] = read
             attention.k.weight.data[head * width : (head + 1) * width] = notes[0].T
     return model
+
+
+def attend(module, query, key, value, mask, position_bias, **_):
+    """T5's attention, bit for bit transformers' eager one, without its product of all scores with a scale of 1.
+
+    A model from scratch so trains a tenth faster. For so small a one both are faster than PyTorch's fused attention.
+    """
+    scores = query @ key.transpose(2, 3) + position_bias
+    if mask is not None:
+        scores += mask
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def be_quiet():

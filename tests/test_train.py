@@ -253,6 +253,21 @@ def test_a_model_from_scratch_starts_with_heads_that_see_what_stands_around_each
     assert mentions.sum() > 0.5 and alone > 0.5, "a word that stands alone looks at itself"
 
 
+def test_attention_without_a_scale_trains_to_the_same_bits_as_transformers_own():
+    trained = []
+    for attention in (None, "eager"):
+        torch.manual_seed(0)
+        model = new_model("nano", 100)
+        if attention:
+            model.set_attn_implementation(attention)
+        assert model.config._attn_implementation == (attention or "unscaled")
+        text, labels = torch.randint(3, 100, (4, 40)), torch.randint(3, 100, (4, 9))
+        shown = (torch.arange(40) < torch.tensor([[40], [31], [40], [8]])).long()  # two texts are padded
+        model(input_ids=text, attention_mask=shown, labels=labels).loss.backward()
+        trained.append([weight.grad for weight in model.parameters()])
+    assert all(map(torch.equal, *trained))
+
+
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
