@@ -687,7 +687,7 @@ def report_agreement(annotated: list[Episode], examples: list[Episode]):
     for name, pairs in rows.items():
         if known := [(labels_of(mine), labels_of(gold)) for mine, gold in pairs if gold]:
             figures = "  ".join(f"{kind} {value:.2f}" for kind, value in agreement(known).items())
-            print(f"  {f'{name} ({len(known)})':<42}{figures}")
+            print(f"  {f'{name} ({len(known)})':<46}{figures}")
 
 
 def describe(path: str | Path, episodes: list[Episode]):
