@@ -2,7 +2,7 @@
 """Stage 4: the small agent alone in the simulator, and the table of what it reached.
 
 At every step the planner names a sub-goal and the executor an action towards it; no LLM is called. A worker is a thread
-with a simulator of its own and many live episodes, which take their turns together; the models are shared.
+with a simulator of its own and many live episodes, whose moves are chosen in one batch; the models are shared.
 
     reads   two model folders, of stages 2 and 3
     writes  --output, one episode a line as it ends (stage 1's record and the fields of `Played`), and --report
@@ -13,7 +13,7 @@ with a simulator of its own and many live episodes, which take their turns toget
     python evaluate.py --tasks 4-2 --subgoal-model subgoal --action-model action --watch
     python evaluate.py --report-only hierarchical.jsonl flat.jsonl --report report.md
 
-A run that was stopped goes on where it was when the same command is given again.
+After a stop, the same command goes on where it was.
 """
 
 import argparse
@@ -63,10 +63,11 @@ from train_subgoal import (
 MAX_MOVES = 100  # the benchmark's limit on an episode
 RANDOM_EVERY = 10  # steps that a random sub-goal stands for (as in the paper's ablation)
 LOOP = 24  # steps: an episode whose last 24 repeat a cycle of at most LOOP / 4 has got stuck
-REFUSED = "No known action matches that input."  # the simulator's answer to what is no action here; costs no move
-FOCUSED = "You focus on"  # … to a focus
-IN_VAIN = re.compile(r"(?!.*appear).*\b(already|can't|not|no)\b.*")  # … to what does nothing; a broken stove is news
-AMBIGUOUS = "Ambiguous request"  # … to an action that several objects fit; we take the first, as the expert does
+# How the simulator answers …
+REFUSED = "No known action matches that input."  # what is no action here; costs no move
+FOCUSED = "You focus on"  # a focus
+IN_VAIN = re.compile(r"(?!.*appear).*\b(already|can't|not|no)\b.*")  # what does nothing; a broken stove is news
+AMBIGUOUS = "Ambiguous request"  # an action that several objects fit; we take the first, as the expert does
 TRIES = 3  # times that an episode is played whose simulator dies
 SAMPLE, SAME = 32, 0.9  # inputs on which a converted model is compared, and the share of equal answers it must reach
 AGENTS = {  # --subgoals: the agent's name in the report, and the flags that it cannot do without
@@ -80,15 +81,14 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("hierarchical, FLAN-T5-large ×2 (published, 30 tasks)", 65.43),
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
-# How often a sub-goal, and an action, is chosen in one and the same state before another beam goes first. Of the
-# experts' actions 1% are a repetition, and no sub-goal takes over 7 steps in one state, those apart that need patience,
-# for as long as something changes.
+# How often a sub-goal, or an action, may be chosen in one and the same state before another beam goes first. Of the
+# experts' actions 1% are such repetitions, and no sub-goal takes over 7 steps in one state. PATIENT ones may go on.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
-PATIENCE = 16  # steps in circles, and it ends: 5 of 2,421 experts go on for longer
-NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals that need what they are about to be at hand
-SURE = 50  # percent: the least likelihood of a final choice to who decides; with more points to lose, their number
-ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # something moved into itself, heated on itself …
+PATIENCE = 16  # … but for this many steps in circles: 5 of 2,421 experts go on for longer
+NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals whose object has to be at hand
+SURE = 50  # percent: how likely a final choice must be; with more points to lose, as many percent as these
+ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # a thing moved into itself, heated on itself …
 WHERE = re.compile(" in (?!the ).*")  # behind an object's name: in self watering flower pot 6, not in the adult stage
 DOOR = re.compile(r"A door to the ([\w ]+) \(")  # in a look, with the room behind it
 ENDINGS = {  # why an episode ended, in words
@@ -105,11 +105,11 @@ class Played(Episode):
     models: str  # a digest of its students' weights and templates: another one is another trained copy of the agent
     parameters: dict[str, int]  # of the models: {"planner": …, "executor": …}
     seen: bool  # whether its models were trained on other variations of this task
-    expert_moves: NotRequired[float | None]  # that the experts of those took, in the mean
-    teacher: dict  # what naming the sub-goals that they learned from cost: see `teacher_of` in stage 2
+    expert_moves: NotRequired[float | None]  # of the experts on those, on average
+    teacher: dict  # who named the sub-goals that they learned from, at what cost: see `teacher_of` in stage 2
     ended: str  # a key of ENDINGS; died: the simulator, see the last observation
-    invalid: list[int]  # places in `steps` whose first choice was refused
-    repaired: list[int]  # … and for which no other beam would do either: see `makeshift`
+    invalid: list[int]  # places in `steps` where the first choice was refused
+    repaired: list[int]  # … and every other beam, too: see `makeshift`
     seconds: float  # from the episode's start to its end, shared with all that were live beside it
 
 
@@ -118,7 +118,7 @@ class Played(Episode):
 
 
 class Agent:
-    """Planner and executor. `subgoals` is a key of AGENTS; what random and oracle draw from are annotated episodes."""
+    """Planner and executor. `subgoals` is a key of AGENTS; random and oracle ones are of the `known` episodes."""
 
     def __init__(self, executor: "Student", planner: "Student | None", subgoals: str, known: list[Episode], beams: int):
         self.executor, self.planner, self.subgoals, self.beams = executor, planner, subgoals, beams
@@ -126,7 +126,7 @@ class Agent:
         self.pool = sorted({step["subgoal"] for steps in self.experts.values() for step in steps})
 
     def choose(self, episodes: list["Live"]) -> tuple[list[str | None], list[list[str]]]:
-        """Sub-goals and candidate actions, likeliest first, for all of some live episodes at once."""
+        """Sub-goals and candidate actions, likeliest first, of several live episodes at once."""
         situations = [state_of(episode.description, episode.done, **episode.state) for episode in episodes]
         planned = [(None, None)] * len(episodes)
         if self.planner:
@@ -134,21 +134,25 @@ class Agent:
             planned = [episode.search(best) or 2 * episode.fresh_first(best, "subgoal")[:1]
                        for episode, best in zip(episodes, beams, strict=True)]
         subgoals = [self.subgoal(episode, name) for episode, (name, _) in zip(episodes, planned, strict=True)]
-        # What the executor is told is the sub-goal, or in a search the way.
+        # The executor is told the sub-goal or, in a search, the way.
         told = [way if subgoal == name else subgoal for subgoal, (name, way) in zip(subgoals, planned, strict=True)]
         states = [executor_state(*pair) for pair in zip(situations, told, strict=True)]
         return subgoals, self.ask(self.executor, episodes, states)
 
     def ask(self, student: "Student", episodes: list["Live"], states: list[dict]) -> list[list[str]]:
-        """A student's answers, likeliest first: the greedy one, cheaply, or where an episode hesitates all beams.
+        """A student's answers, best first: the greedy one alone, which is cheap, or all beams.
 
-        All beams, too, where there is an objection to the greedy one. What no expert would say stands behind the
-        others; before it a focus, or one of the things that have a case, such as two boxes, of which who decides is not
-        SURE, as a wrong one fails the task for good. Rather than focus on what no expert would, where nothing else is
-        left, the agent waits.
+        All beams are asked for where an episode hesitates, or where there is an objection to the greedy answer. They
+        are then ranked by objection, and within one by likelihood:
+
+        STRANGE  no expert would say so (`Live.strange`)
+        DOUBT    a final choice, a focus or one of two boxes, of which the student that decides is not SURE: a wrong one
+                 fails the task for good
+
+        If a strange focus is all that is left, the agent waits instead.
         """
         decides = student is self.planner or self.subgoals == "none"
-        NONE, DOUBT, STRANGE = range(3)
+        NONE, DOUBT, STRANGE = range(3)  # in the order in which they are ranked
 
         @cache
         def objection(i: int, answer: str) -> int:
@@ -170,7 +174,7 @@ class Agent:
                 for i, beams in enumerate(ranked)]
 
     def subgoal(self, episode: "Live", planned: str | None) -> str | None:
-        """The sub-goal that the executor gets where the planner would say `planned`: see --subgoals."""
+        """The sub-goal that the executor is given where the planner says `planned`: see --subgoals."""
         if self.subgoals == "oracle":
             return self.expert_subgoal(episode)
         if self.subgoals in ("model", "none"):
@@ -185,9 +189,9 @@ class Agent:
     def expert_subgoal(self, episode: "Live") -> str:
         """The sub-goal of the expert's first step that the agent has not taken yet.
 
-        An action counts as the expert's if it is among those that are left of the expert's present sub-goal or of the
-        next one; the steps before it are then taken as done. So is a sub-goal that gave the expert points, once the
-        agent has as many.
+        An action counts as the expert's if it is among those left of the expert's present sub-goal or of the next one;
+        the steps before it then count as taken. A sub-goal that earned the expert points counts as done once the agent
+        has as many.
         """
         expert = self.experts[episode.task, episode.variation]
         ends = [i for i in range(1, len(expert)) if expert[i]["subgoal"] != expert[i - 1]["subgoal"]]
@@ -220,13 +224,13 @@ class Live:
     def __post_init__(self):
         self.game, self.description, self.state = None, "", {"look": "", "inventory": ""}
         self.steps: list[Step] = []
-        self.effects: list[tuple] = []  # of each step: all that it showed, to recognise a loop
+        self.effects: list[tuple] = []  # all that each step showed, to recognise a loop
         self.invalid: list[int] = []
         self.repaired: list[int] = []
         self.sought = ""  # the find(X) whose X is looked for in other rooms: see `search`
         self.needs = ""  # the sub-goal that was planned when X was missing
-        self.refused: set[str] = set()  # actions that the simulator has refused in the present state
-        self.valid: list[str] = []  # the present state's valid actions, once they have been listed: that is slow
+        self.refused: set[str] = set()  # actions refused in the present state
+        self.valid: list[str] = []  # the present state's valid actions, once listed, which is slow
 
     @property
     def score(self) -> int:
@@ -234,7 +238,7 @@ class Live:
 
     @property
     def done(self) -> list[Step]:
-        """The steps that did something. Students are not told of others: experts have none but at open doors."""
+        """The steps that did something. Students are not shown others: experts have none but at open doors."""
         return [step for step in self.steps if not IN_VAIN.fullmatch(step["observation"])]
 
     @property
@@ -244,13 +248,13 @@ class Live:
 
     @property
     def hesitates(self) -> bool:
-        """Whether one answer will not do: something was refused or done in the present state, or was found."""
+        """Whether one answer is not enough: in this state something was refused, or done, or has just been found."""
         return bool(self.refused or self.here or self.sought and not self.missing(self.sought))
 
     def fresh_first(self, candidates: list[str], kind: str) -> list[str]:
-        """Candidate actions or sub-goals, those last that were chosen in this very state too often: see OFTEN.
+        """Candidate actions or sub-goals, with those last that were chosen too often in this very state: see OFTEN.
 
-        No focus takes their place: from a repetition there is a way back, from a focus none.
+        No focus goes ahead of them: there is a way back from a repetition, and none from a focus.
         """
         chosen, patient = Counter(step[kind] for step in self.here), not self.circles(PATIENCE)
 
@@ -267,11 +271,11 @@ class Live:
         return len(last) == steps and any(last[period:] == last[:-period] for period in range(1, LOOP // 4 + 1))
 
     def strange(self, answer: str, about: dict, topics: tuple[str, ...]) -> bool:
-        """Whether no expert would say so: none of the task's by their `habits_of`, or none at all.
+        """Whether no expert would say so. `about` is the student's student.json, which knows the experts.
 
-        `about` is the student's, which knows them. None looks for what it has, or moves or heats a thing into or on
-        itself, but for what is poured; or focuses on a thing twice; or calls a thing by words that neither the state
-        nor the task shows, but for a few (`unshown`).
+        No expert looks for what it has, focuses on a thing twice, moves or heats a thing into or on itself (but for
+        what is poured), calls a thing by words that neither state nor task shows (but for a few: `unshown`), or breaks
+        the habits of its task (`habits_of`).
         """
         first, others = set(objects_of(answer)[:1]), unnamed(self.description, answer, topics)
         had = answer.startswith("find(") and any(whole(name).search(self.state["inventory"]) for name in first)
@@ -286,15 +290,15 @@ class Live:
             others & set(habits["told"]) or habits["focus"] and FOCUS.match(answer) and others & first))
 
     def missing(self, subgoal: str) -> list[str]:
-        """What a sub-goal is about and the task names, but neither look nor inventory shows."""
+        """The objects of a sub-goal that the task names, but neither look nor inventory shows."""
         return missing(objects_of(subgoal), self.description, "\n".join(self.state.values()))
 
     def search(self, planned: list[str]) -> list[str]:
-        """Where something is missing for the likeliest sub-goal: find(X), and what the executor is told for it.
+        """Where the likeliest sub-goal lacks its X: find(X), and what the executor is told; else an empty list.
 
-        That is the same, as long as it opens something here; then the way to rooms in which the agent has not been. The
-        sub-goal of all these steps is find(X), so that the planner goes on from there as if X had been at hand: with
-        what it was needed for, or the likeliest that is about X.
+        The executor is told find(X) for as long as that opens something here, then the way to a room in which the agent
+        has not been. All these steps count as find(X). When X has been found, the planner goes on as if it had been at
+        hand: with what it was needed for, or the likeliest sub-goal about X.
         """
         if NEEDS.match(planned[0]) and (names := self.missing(planned[0])):
             find = f"find({names[0]})"
@@ -327,8 +331,8 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
          watch: Callable[[Live], None] = lambda episode: None) -> Iterator[Live]:
     """Play (task, variation) pairs, up to `live` at a time, and yield each episode as it ends. `watch` sees each move.
 
-    This is one worker's loop; `todo` and the agent are shared by all. When the simulator dies, all its live episodes
-    begin again; the one of which it died does so TRIES times at most.
+    This is one worker's loop; all share `todo` and the agent. When the simulator dies, all its live episodes begin
+    again; the one that it died of, TRIES times at most.
     """
     episodes, games = [], []  # games: those that wait for another episode, as a new one takes half a second
     while True:
@@ -363,8 +367,8 @@ def play(agent: Agent, todo: Iterator[tuple[str, int]], live: int, simulator: Si
 def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | None:
     """Take the first candidate that the simulator accepts, else a makeshift; returns whether that completed the task.
 
-    None if the greedy answer alone was refused: no move was made, and from now on the episode hesitates. Only the
-    likeliest may be a focus: on the wrong object it fails the task for good.
+    None if the greedy answer, asked for alone, was refused: no move was made, and from now on the episode hesitates.
+    Only the first choice may be a focus: one on the wrong object fails the task for good.
     """
     hesitated = episode.hesitates
     ordered = episode.fresh_first(candidates, "action")
@@ -401,8 +405,8 @@ def move(episode: Live, subgoal: str | None, candidates: list[str]) -> bool | No
 def wordings(action: str, state: dict) -> Iterator[str]:
     """An action; then, if that is refused, without where its one object is said to be; then with its words reordered.
 
-    What is meant is known, and a wrong whereabouts decides nothing. The order is that of look or inventory: experts say
-    `egg turtle` of what a look calls turtle egg, and not every egg answers to both.
+    The object is the same, wherever it is said to be. Words are put in the order of look or inventory: what experts
+    call `egg turtle` is a look's `turtle egg`, and not every egg answers to both.
     """
     yield action
     if len(names := parse_action(action)[1]) == 1:
@@ -417,10 +421,10 @@ def wordings(action: str, state: dict) -> Iterator[str]:
 
 
 def makeshift(candidates: list[str], valid: list[str]) -> str:
-    """What is done when all candidates are refused: of the valid actions with a candidate's verb and goal, the nearest.
+    """What is done when all candidates are refused: the valid action nearest to one of them, with its verb and goal.
 
-    The goal is the last object of two (the box that something is moved to); a lone object may be any. So a makeshift
-    never decides what the student has not decided: without such an action it is a look around, and it never is a focus.
+    The goal is the second of two objects (the box that something is moved to); a lone object may be any. So a makeshift
+    never decides what the student has not: without such an action it is a look around, and it is never a focus.
     """
     parsed = [(action, *parse_action(action)) for action in valid]
     for candidate in candidates:
@@ -433,7 +437,7 @@ def makeshift(candidates: list[str], valid: list[str]) -> str:
 
 
 def ending(episode: Live, completed: bool) -> str | None:
-    """Why an episode has ended with its last move; None if it has not."""
+    """Why an episode has ended with its last move; None if it goes on."""
     if episode.score < 0:
         return "failed"
     if completed:
@@ -456,8 +460,8 @@ def diagnose(episode: Played) -> dict:
 
     ending    one of ENDS, or "unsolved" where the simulator ended it below 100
     invalid   the first choice was refused, another beam taken
-    repaired  no beam would do: a valid action was taken in its stead
-    stuck     after STUCK actions for one sub-goal, one more that did the same in the same state before
+    repaired  all beams were refused, a valid action taken instead
+    stuck     after STUCK actions for one sub-goal, one more that had done the same in the same state
     broke     the place where it went wrong: the fatal move, or the first step after the last gain; None if solved
     """
     steps, stuck = episode["steps"], []
@@ -620,7 +624,7 @@ def ablations(episodes: pd.DataFrame, agents: pd.DataFrame, base: str) -> pd.Dat
 
 
 def over_moves(episodes: pd.DataFrame) -> dict[str, list[float]]:
-    """Each agent's mean score after 0, 1, … moves: an ended episode keeps its last score, and a failed one's is 0."""
+    """Each agent's mean score after 0, 1, … moves: an ended episode keeps its last score, a failed one has 0."""
     scores = [[0, *(max(0, step["score"]) for step in episode["steps"])] for episode in episodes["episode"]]
     places = pd.MultiIndex.from_frame(episodes[["agent", "models", "task"]])
     held = pd.DataFrame(zip_longest(*scores, fillvalue=math.nan), columns=places).ffill().T
@@ -708,8 +712,8 @@ def write_report(files: list[str], target: Path | None) -> str:
 class Student:
     """A trained model folder, ready to answer: weights, tokenizer, and the template that it was trained on.
 
-    All workers share it. `engine` is transformers, the reference, or ctranslate2, where that answers alike; by default
-    the latter where there is no GPU. Ends the program if the folder is none of a student, or none for this role.
+    All workers share it. `engine` is transformers, the reference, or ctranslate2 where that gives the same answers, the
+    default where there is no GPU. Ends the program if the folder holds no student, or one of another role.
     """
 
     def __init__(self, folder: str | Path, role: str, engine: str | None = None):
@@ -750,7 +754,7 @@ class Student:
         return topics_of(state["description"], tuple(self.about["wordings"]))
 
     def likelihood(self, state: dict, answer: str) -> float:
-        """Of an answer in a state, 0 to 1: by a forward pass of transformers, whatever the engine."""
+        """The probability of an answer in a state, by a forward pass of transformers, whatever the engine."""
         import torch
 
         text = render(self.about["template"], state, self.about["wordings"]), cased(answer, state, self.topics(state))
@@ -777,7 +781,7 @@ class Student:
     def convert(self, texts: list[str]):
         """Load the folder's model for CTranslate2: converted, and compared with transformers, on first use.
 
-        A converter's errors are silent, and some show in long inputs alone, so the sample has some that are cut off.
+        A converter's errors are silent, and some show only in long inputs, so the sample has some that are cut off.
         """
         from ctranslate2.converters import TransformersConverter
 

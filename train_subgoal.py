@@ -10,9 +10,9 @@
     torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --model google/flan-t5-large
     torchrun --nproc-per-node 8 train_subgoal.py --data train.jsonl dev.jsonl --fsdp       weights shared out, too
 
-Beside the flags below, every one of Hugging Face's TrainingArguments is taken. Several processes share each batch, so
-that the updates are those of one. A run that was stopped goes on from its last checkpoint when the same command is
-given again. Stage 3 trains the action generator with the functions of this file.
+Beside the flags below, all of Hugging Face's TrainingArguments are flags. Several processes share each batch, so the
+updates are those of one process. After a stop, the same command goes on from the last checkpoint. Stage 3 trains the
+action generator with the functions of this file.
 """
 
 import argparse
@@ -46,17 +46,17 @@ from annotate import PROMPTS, Episode, Step, claim, digest, fail, parse_action, 
 # Settings. Those of a training are flags: see `Options`, and the defaults of `parse_flags`.
 
 HISTORY = 10  # the last ten actions are shown (the paper's number)
-TELLING = re.compile("examine|look at|read|use thermometer")  # actions that are done for what they show
-MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # what thermometers and stopwatches show, and tasks set
-WORD = re.compile("[a-z]+")  # of a description in small letters: yellow-orange paint is yellow and orange
+TELLING = re.compile("examine|look at|read|use thermometer")  # actions whose point is the observation
+MEASURE = re.compile(r"(-?\d+(?:\.\d)?) (degrees|ticks)")  # a reading of thermometer or stopwatch, or a task's limit
+WORD = re.compile("[a-z]+")  # a word of a description in small letters: yellow-orange is two
 NAME = re.compile(r"[\w-]+")  # a word of an object's name
 LITTLE = re.compile("a|an|and|in|of|on|the|with")  # words that name nothing
-FOCUS = re.compile("focus[_ ]on")  # an answer that cannot be taken back: on the wrong object it fails the task
-# The expert's steps that are left out of training: these actions, as in the paper; and what the simulator so answers.
+FOCUS = re.compile("focus[_ ]on")  # final: a focus on the wrong object fails the task
+# Expert steps left out of training: these actions, as in the paper, and those that the simulator answers like this.
 UNTRAINED = re.compile("look around|close door .*")
 ALREADY = re.compile(r"The .* is already open\.")
-# T5s built from scratch, by name. A Llama of the size of tiny, trained as long on the demo, has exact match 78% on dev
-# (tiny: 92 to 95%), and 0% where no training example has that answer (tiny: 46 to 78%).
+# T5s built from scratch, by name. A Llama of tiny's size, trained on the demo for as long, has an exact match of 78% on
+# dev (tiny: 92 to 95%), and 0% where no training example has the answer (tiny: 46 to 78%).
 SIZES = {
     "nano": dict(d_model=64, d_kv=32, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=2),
     "tiny": dict(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=2),
@@ -64,20 +64,24 @@ SIZES = {
     "medium": dict(d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=6, num_decoder_layers=6),
 }
 VOCABULARY = 4096  # tokens of a tokenizer built from scratch, at most
-# Of an example's answer: no other comes after it; it is the first to name what the task is about; none of the two steps
-# before had it; one had; both, and the next step has another; both (see `kind_of`). And the least share that such
-# examples have of what is shown of a task, 1 for what is left: see `Order`.
-KINDS = {"last": 0.2, "named": 0.1, "new": 0.2, "next": 0.2, "before": 0.2, "again": 1}
-REPEATED = 40  # times that an example of a short task is shown in an epoch, at most: see `Order`
+KINDS = {  # examples by their answer (see `kind_of`), and the least share of each in what is shown of a task (`Order`)
+    "last": 0.2,  # no other answer comes after it
+    "named": 0.1,  # the first to name what the task is about
+    "new": 0.2,  # in neither of the two steps before
+    "next": 0.2,  # in one of them
+    "before": 0.2,  # in both, and the next step has another
+    "again": 1,  # in both: these take what is left
+}
+REPEATED = 40  # times that an epoch shows an example of a short task, at most: see `Order`
 BATCH = 64  # answers generated at a time
-ABOUT = "student.json"  # what makes a folder a student's: written last, read first
+ABOUT = "student.json"  # makes a folder a student's: written last, read first
 
 # The paper's settings are the defaults. Models from scratch have their own, chosen on dev variations. With a learning
-# rate of 1e-3 a planner of 30 tasks is ahead for 2,000 updates (loss on train 0.29, not 0.39), but not after 13,000.
+# rate of 1e-3 a planner of 30 tasks is ahead after 2,000 updates (loss on train 0.29, not 0.39), but not after 13,000.
 PAPER = dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, adam_epsilon=1e-6, warmup_steps=0)
 SCRATCH = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, adam_epsilon=1e-6, warmup_steps=200,
                learning_rate=4e-4, adam_beta2=0.98, max_source_length=512, rename=0.3,
-               load_best_model_at_end=False)  # the last answers best, though its loss is not the lowest
+               load_best_model_at_end=False)  # the last checkpoint answers best, whatever its loss
 ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", save_steps=0.125, save_total_limit=2,
               logging_steps=0.125, load_best_model_at_end=True, metric_for_best_model="loss",
               per_device_eval_batch_size=32, report_to="none", disable_tqdm=True, log_level_replica="error",
@@ -89,7 +93,7 @@ ALWAYS = dict(eval_strategy="steps", eval_steps=0.125, save_strategy="steps", sa
 
 
 def state_of(description: str, steps: list[Step], look: str, inventory: str) -> dict:
-    """All that a template can show of the state after `steps`, an expert's or the agent's own: the paper's fields.
+    """All that a template can show of the state after `steps`, the expert's or the agent's own: the paper's fields.
 
     description  the task                          completed  sub-goals finished so far, oldest first
     step         number of the step to take, 1 …   subgoal    the sub-goal of the step before, or None
@@ -125,9 +129,9 @@ def state_of(description: str, steps: list[Step], look: str, inventory: str) -> 
 def trained_states(episode: Episode) -> Iterator[tuple[dict, Step]]:
     """(state, step taken in it) of an expert's steps, without those that are left out: see UNTRAINED and ALREADY.
 
-    What a student is to say is in small letters, as most of the expert's actions are: `focus on unknown substance b`.
-    The simulator takes them for any, and students need not learn when to write which. Nor need they stammer as experts
-    do, whose `baby baby wolf` is the baby wolf of the look: the simulator answers to both.
+    Answers are in small letters, as most of the expert's actions are: the simulator takes either, and students need not
+    learn when to write which. Doubled words become one: what experts call `baby baby wolf` is the look's `baby wolf`,
+    and the simulator answers to both.
     """
     def plain(text: str) -> str:
         return re.sub(r"\b([a-z]+) \1\b", r"\1", text.lower())
@@ -145,7 +149,7 @@ def subgoal_examples(episode: Episode) -> Iterator[tuple[dict, str]]:
         yield state, step["subgoal"]
 
 
-# What `compact` leaves out or shortens in a text of the simulator, so that small models read less and learn sooner.
+# What `compact` leaves out or shortens in the simulator's texts: small models then read less and learn sooner.
 COMPACT = [
     (r"This (?:room|outside location) is called the [\w ]+\. (?:In it|Here),? you see:", ""),
     (r"\n\t(?:the agent|a substance called air)(?=\n)", ""),
@@ -172,10 +176,10 @@ def compact(text: str) -> str:
 
 
 def compared(text: str) -> str:
-    """The text with what is measured as `more`, `less` or `equal`, beside the first in the text of the same unit.
+    """The text with each measurement as `more`, `less` or `equal`, compared with the first of its unit.
 
-    That is the limit which the task sets, or what was measured before. From a few hundred measurements small models do
-    not learn to compare numbers, but the numbers by heart.
+    The first is the limit that the task sets, or what was measured before. From a few hundred measurements small models
+    do not learn to compare numbers: they learn the numbers by heart.
     """
     first = {}
 
@@ -195,8 +199,8 @@ compiled = cache(ENVIRONMENT.from_string)
 def render(template: str, state: dict, wordings: Iterable[str] = ()) -> str:
     """What a student is shown of a state: the template's text, in one line. A field that does not exist is an error.
 
-    Beside the fields of the state there is `about`: what the task is about by `topics_of`, each with its case, and what
-    of it is in view: `about above red here ; about below blue ;`.
+    Beside the fields of the state a template has `about`: the task's topics (`topics_of`), each with its case
+    (`cases_of`), and `here` if it is in view: `about above red here ; about below blue ;`.
     """
     topics = topics_of(state["description"], tuple(wordings))
     cases = cases_of(state, topics)
@@ -206,16 +210,16 @@ def render(template: str, state: dict, wordings: Iterable[str] = ()) -> str:
 
 
 def wording_of(descriptions: Iterable[str]) -> str:
-    """The words that all descriptions of a task have."""
+    """The words that all descriptions of a task have in common."""
     return " ".join(sorted(set.intersection(*(set(WORD.findall(text.lower())) for text in descriptions))))
 
 
 @cache
 def topics_of(description: str, wordings: tuple[str, ...]) -> tuple[str, ...]:
-    """What a task is about: the phrases that its descriptions differ in. Of `boil apple juice` it is apple juice.
+    """What a task is about: the phrases in which its descriptions differ. Of `boil apple juice` it is apple juice.
 
-    From a few substances a student does not learn where in the text of the task to look for what it has to name. The
-    wording is that of `wordings` (see `wording_of`) which the description has most in common with.
+    They are what is left without the task's wording (`wording_of`): the one of `wordings` that the description has most
+    in common with. From a few substances a student would not learn where in the description to find what it must name.
     """
     words = re.findall(rf"{WORD.pattern}|\S", description.lower())
     fixed = max((set(wording.split()) for wording in wordings), default=set(words),
@@ -226,10 +230,10 @@ def topics_of(description: str, wordings: tuple[str, ...]) -> tuple[str, ...]:
 
 @cache
 def case_of(topic: str, description: str, topics: tuple[str, ...]) -> str:
-    """The word that tells the case of a topic from another's: above, of `If it is above 5 degrees, use the red box.`
+    """The word that sets a topic apart from its alternative: above, of `If it is above 5 degrees, use the red box.`
 
-    It is the last before the topic that the likest sentence of another topic lacks; "" if no other has three
-    quarters of its words, or the topic stands in several sentences.
+    It is the last word before the topic that the most similar sentence about another topic lacks; "" if no such
+    sentence has three quarters of its words, or if the topic stands in several sentences.
     """
     def naming(name: str) -> list[str]:
         return [sentence for sentence in description.lower().split(". ") if whole(name).search(sentence)]
@@ -248,9 +252,9 @@ def case_of(topic: str, description: str, topics: tuple[str, ...]) -> str:
 
 
 def cases_of(state: dict, topics: tuple[str, ...]) -> dict[str, str]:
-    """Of the topics that have a case its word: that of the task's sentences (`case_of`).
+    """The case of each topic that has one: the word that sets it apart in the description (`case_of`).
 
-    Or where the task sets no limit to what is measured: `known` of the first topic that was, of two `more` and `less`.
+    Where topics are measured and the task sets no limit: `known` for the first, then `more` and `less` for the two.
     """
     told = {topic: case for topic in topics if (case := case_of(topic, state["description"], topics))}
     shown = dict(state["results"])
@@ -266,10 +270,10 @@ def cases_of(state: dict, topics: tuple[str, ...]) -> dict[str, str]:
 
 
 def cased(answer: str, state: dict, topics: tuple[str, ...]) -> str:
-    """An answer as who decides learns to say it: `focus_on(above red box)`.
+    """An answer with the cases said first, as students that decide learn it: `focus_on(above red box)`.
 
-    To choose the box of a result, a small model that first says the case can copy what stands behind it. Else it has to
-    find the case and the box in one step, and after 8,000 updates it still guessed.
+    Having said the case, a small model copies the box that stands behind it. To find case and box in one step was too
+    much: after 8,000 updates it still guessed.
     """
     for topic, case in cases_of(state, topics).items():
         for name in objects_of(answer):
@@ -279,14 +283,14 @@ def cased(answer: str, state: dict, topics: tuple[str, ...]) -> str:
 
 
 def uncased(answer: str, state: dict, topics: tuple[str, ...]) -> str:
-    """What was meant by an answer that says cases: `focus_on(red box)`."""
+    """The answer without its cases, as the simulator knows it: `focus_on(red box)`."""
     for topic, case in cases_of(state, topics).items():
         answer = answer.replace(f"{case} {topic}", topic)
     return answer
 
 
 def missing(names: Iterable[str], description: str, shown: str) -> list[str]:
-    """Those of the names that the task says, but what is shown does not show: a tin cup is no tin."""
+    """Those of the names that the description says and `shown` does not show: a tin cup is no tin."""
     def following(name: str, text: str) -> set[str]:
         return set(re.findall(rf"(?i)\b{re.escape(name)}\b ?(\w*)", text))  # "" at the end of a phrase
 
@@ -295,8 +299,8 @@ def missing(names: Iterable[str], description: str, shown: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Other names for the objects. What no training example has said, a student from scratch does not say: it learns to
-# write the names that it knows, not to copy the one that it reads, unless the names change all the time.
+# Other names for the objects. A student from scratch says only what training examples have said: it learns to write the
+# names that it knows, and learns to copy the one that it reads only where names change all the time.
 
 
 def simulator_words() -> set[str]:
@@ -313,12 +317,12 @@ def objects_of(answer: str) -> list[str]:
 
 
 def named_in(description: str, answers: Iterable[str], topics: tuple[str, ...] = ()) -> dict[str, int]:
-    """The objects that an episode's answers name; and how often a text must name one for `renamed` to rename it.
+    """The objects that an episode's answers name, and how often a text must name each for `renamed` to rename it.
 
-    Twice: what it names but once stands among others, and was chosen for what it is. Once what the task itself names.
-    Of what the task is about it is the topic (see `topics_of`) that is renamed: the red of the red box. Of an object
-    that the task does not name as it is, also its words that the task has: of turtles, an expert focuses on `egg
-    turtle`, where a look shows a turtle egg.
+    Once, if the task names it; else twice, as what stands there only once was chosen among others for what it is. Of
+    objects that the task is about, the topic alone is renamed (`topics_of`): the red of the red box. Of an object that
+    the task does not name as it is, also those of its words that the task has: asked for turtles, an expert focuses on
+    `egg turtle`, where a look shows a turtle egg.
     """
     def told(name: str) -> bool:
         return bool(whole(name).search(description))
@@ -335,9 +339,8 @@ def renamed(text: str, answer: str, named: dict[str, int], words: list[str], cha
             share: float) -> tuple[str, str]:
     """The example with other names for a share of its objects: one to three words, some with a letter or a digit.
 
-    Some of the words are two in one, as the simulator's `greenpaint`, and have to be spelled. `named` is of the
-    episode's answers: were only the objects of this one renamed, a student would learn that a strange name is what is
-    to be said.
+    Some of the words are two in one, like the simulator's `greenpaint`, and have to be spelled. `named` has the objects
+    of all the episode's answers: if only this answer's were renamed, a student would learn to say whatever is strange.
     """
     new = {}
     for name, least in named.items():
@@ -356,28 +359,28 @@ def renamed(text: str, answer: str, named: dict[str, int], words: list[str], cha
 
 @cache
 def whole(name: str) -> re.Pattern:
-    """Finds a name, in small letters or capitals, that is neither part of a longer word nor a sub-goal's function."""
+    """Finds a name, in either case, that is neither part of a longer word nor a sub-goal's function."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?![\w(])", re.IGNORECASE)
 
 
 def unnamed(description: str, answer: str, topics: Iterable[str]) -> set[str]:
-    """The objects in an answer that the task does not name, and in whose names is none of its `topics_of`."""
+    """The objects in an answer that the task does not name, and whose names hold none of its topics."""
     return {name for name in objects_of(answer)
             if not whole(name).search(description) and not any(whole(topic).search(name) for topic in topics)}
 
 
 def unshown(answer: str, *texts: str) -> set[str]:
-    """The words by which an answer calls objects and that none of the texts has."""
+    """The words of an answer's objects that none of the texts has."""
     shown = set(NAME.findall(" ".join(texts).lower()))
     return {word for name in objects_of(answer) for word in NAME.findall(name)
             if word not in shown and not LITTLE.fullmatch(word)}
 
 
 def habits_of(experts: list[tuple[str, list[str]]], wordings: tuple[str, ...]) -> dict:
-    """What the experts of a task all do, from the task's description and the answers of each.
+    """What all experts of a task do, from the description and the answers of each.
 
-    focus  whether they focus on nothing that the task does not name
-    told   the names that several of them say, each where its task does: `water`, as some are to boil water
+    focus  whether they focus only on what the task names
+    told   the names that several of them say, but only where the task does: `water`, as some are to boil water
     """
     said, untold, focus = Counter(), set(), True
     for description, answers in experts:
@@ -424,15 +427,18 @@ def new_tokenizer(texts: list[str], words: list[str]) -> "transformers.PreTraine
 def new_model(size: str, vocabulary: int) -> "transformers.T5ForConditionalGeneration":
     """A T5 with random weights, set up to copy.
 
-    A student's answer is mostly words of its input, and learning to copy them takes a T5 from scratch thousands of
-    updates. It takes few when it starts with what copying needs. Of a word: value and output projection of the
-    cross-attention are each other's transpose, so that what is attended to in the encoder reaches the output as it is.
-    Of a name of several words, an induction head (Olsson et al. 2022, arXiv 2209.11895): a head of the encoder notes
-    beside each token the one before it, and half of the decoder's heads attend to the place whose token before is the
-    one just written. Two more heads note what stands around each token, from which it is learnt sooner which of two
-    boxes a condition means: the one that stands beside the words of what was measured. In the second layer, a head
-    looks at the same token elsewhere in the text, and notes what stands before it there: of the inclined planes that
-    the task names, which has been measured.
+    A student's answer is mostly words of its input. To copy them takes a T5 from scratch thousands of updates to learn,
+    and few when it starts with what copying needs:
+
+    - For a word, the cross-attention's value and output projections are each other's transpose, so that what is
+      attended to in the encoder reaches the output as it is.
+    - For a name of several words, an induction head (Olsson et al. 2022, arXiv 2209.11895): a head of the encoder notes
+      beside each token the one before it, and half of the decoder's heads attend to the place whose token before is the
+      one just written.
+    - Two more heads note what stands around each token: which of two boxes a condition means is the one beside the
+      words of what was measured.
+    - In the second layer a head looks at the same token elsewhere in the text, and notes what stands before it there:
+      which of the planes that the task names has been measured.
     """
     import torch
     from torch.nn.init import orthogonal_
@@ -510,7 +516,7 @@ def model_class(name: str):
 def frame_of(tokenizer, decoder: bool) -> list[list[int]]:
     """What stands before a question, between it and its answer, and after the answer, in token ids.
 
-    For a decoder alone its chat template says so, if it has one: the first token after the answer ends the turn.
+    A decoder's chat template says so, if it has one: the first token after the answer ends the turn.
     """
     ids = partial(tokenizer.encode, add_special_tokens=False)
     if decoder and tokenizer.chat_template:
@@ -671,10 +677,7 @@ def prepare(role: str, options: "Options", make_examples: Callable, **more) -> t
 
 
 def kind_of(said: list[str], i: int, told: bool = False, topics: Iterable[str] = ()) -> str:
-    """Which of KINDS answer i of an episode's is, whose `topics_of` are given.
-
-    To who was `told` the sub-goal, the last is but new.
-    """
+    """Which of KINDS answer i of an episode is. Where the sub-goal is `told`, the last answer is just a new one."""
     if times := said[max(0, i - 2) : i].count(said[i]):
         changes = said[i + 1 : i + 2] != [said[i]]
         return "next" if times == 1 else "before" if changes else "again"
@@ -698,7 +701,7 @@ def read_data(paths: list[str]) -> list[Episode]:
 
 
 def teacher_of(episodes: list[Episode]) -> dict:
-    """Who named the sub-goals of some trajectories, and what the LLM was asked for that, as in `Episode`'s usage."""
+    """Who named the sub-goals of some trajectories, and what asking the LLM took, as in `Episode`'s usage."""
     usages = [episode["usage"] for episode in episodes if "usage" in episode]
     total = {kind: sum(usage[kind] for usage in usages) for kind in ("calls", "prompt_tokens", "completion_tokens")}
     dollars = [usage["dollars"] for usage in usages]
@@ -707,10 +710,10 @@ def teacher_of(episodes: list[Episode]) -> dict:
 
 
 class Examples:
-    """The training examples as the Trainer takes them. Each time, other objects have another name, by chance.
+    """The training examples as the Trainer takes them; each time, other objects are renamed at random.
 
-    An index is (number of the showing, number of the example), from which the chance follows: a run that goes on after
-    a kill, and several processes, are given the examples that one is.
+    An index is (number of the showing, number of the example), from which the renaming follows: a resumed run and
+    several processes see the very examples that one uninterrupted process sees.
     """
 
     def __init__(self, texts: list[tuple], tokenise: Callable, words: list[str], rename: float, seed: int):
@@ -728,15 +731,17 @@ class Examples:
 
 
 class Order:
-    """A sampler: the examples in an order in which those of an update, one after the other, are of about one length.
+    """A sampler in whose order the examples of an update have about the same length, so that little is padded.
 
-    So little is padded. With `per_task`, an epoch takes that many of each task: of a long one other examples each time,
-    those of a short one up to REPEATED times, each time with other names. Each of KINDS has its least share. What an
-    episode ends with (into which box, after 25 steps of measuring) is said once, decides all and takes thousands of
-    updates to learn. Without more first names of what the task is about, planners knew those of training by heart.
-    Without more new answers than experts give, students wait until the moves are over; without more first and last
-    repetitions, planners left a measurement that had just begun, or that had to be read once more. The order follows
-    from seed and epoch alone. `kinds` are those of `prepare`.
+    With `per_task`, an epoch shows that many examples of each task: of a long one others each time, those of a short
+    one up to REPEATED times, each time with other names. Each of KINDS has its least share, for a reason:
+
+    last          what an episode ends with (into which box, after 25 steps of measuring) decides it, and is rare
+    named         planners otherwise knew the training's topics by heart
+    new           students otherwise wait until the moves are over
+    next, before  planners otherwise left a measurement that had just begun, or had to be read once more
+
+    The order follows from seed and epoch alone. `kinds` are those of `prepare`.
     """
 
     def __init__(self, lengths: list[int], update: int, seed: int, kinds: list[tuple[str, str]] = (),
