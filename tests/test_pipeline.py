@@ -31,6 +31,7 @@ def finished(tmp_path_factory) -> Path:
     said = make("all", f"RUN={run}")
     assert all(f"== Stage {number}" in said for number in (1, 2, 3, 4)), "a heading for each stage"
     assert re.search(r"\| hierarchical +\|", said) and ".venv/bin/python" not in said
+    assert said.count("## Scores") == 1, "one table, of all agents"
     return run
 
 
