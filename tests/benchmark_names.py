@@ -8,6 +8,7 @@ object, and all others.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,15 @@ def main():
     with open(args.output / "train.jsonl", "w") as file:
         file.writelines(json.dumps(episode) + "\n" for episode in episodes if episode not in held_out)
     print(f"{len(held_out)} of {len(episodes)} episodes are held out, as their task names the {args.object}.")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each of the two trainings, which run side by side
+    trainings = {role: subprocess.Popen([
+        sys.executable, f"train_{role}.py", "--data", args.output / "train.jsonl", "--model", "tiny", "--output_dir",
+        args.output / role, *args.flags]) for role in ROLES}
     for role, examples_of in ROLES.items():
-        folder = args.output / role
-        subprocess.run([sys.executable, f"train_{role}.py", "--data", args.output / "train.jsonl", "--model", "tiny",
-                        "--output_dir", folder, *args.flags], check=True)
+        if trainings[role].wait():
+            sys.exit(f"train_{role}.py did not finish.")
         pairs = [pair for episode in held_out for pair in examples_of(episode)]
-        given = Student(folder, role, "ctranslate2").answers([state for state, _ in pairs], beams=1)
+        given = Student(args.output / role, role, "ctranslate2").answers([state for state, _ in pairs], beams=1)
         right = {True: [], False: []}
         for (_, answer), best in zip(pairs, given, strict=True):
             right[args.object in " ".join(objects_of(answer))].append(best[0] == answer)
