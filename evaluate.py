@@ -716,6 +716,8 @@ class Student:
     default where there is no GPU. Ends the program if the folder holds no student, or one of another role.
     """
 
+    lock = threading.RLock()  # of all students: loading, tokenizers and transformers' passes take one thread at a time
+
     def __init__(self, folder: str | Path, role: str, engine: str | None = None):
         import torch
 
@@ -732,7 +734,6 @@ class Student:
         self.engine = engine or ("transformers" if self.device == "cuda" else "ctranslate2")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.translator = None
-        self.lock = threading.RLock()  # a tokenizer, and transformers' generate, are for one thread at a time
         self.known = {}  # answers by what was asked: an agent that changed nothing is not asked again
 
     def files(self) -> list[Path]:

@@ -5,12 +5,15 @@ import random
 import shutil
 import signal
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
 
 import ctranslate2
 import pytest
+import transformers
 from conftest import Says, alive, command, descendants, kill_when, run, step_of, wait_until, whole_lines
 
 import evaluate
@@ -428,6 +431,30 @@ def test_an_engine_that_answers_differently_gives_way_to_transformers(students, 
     assert given == Student(folder, "action", "transformers").answers(states, beams=2)
     assert "played by transformers, not by CTranslate2" in capsys.readouterr().err
     assert not (folder / "ctranslate2").exists()
+
+
+def test_workers_never_load_two_models_at_once(students, data, tmp_path, monkeypatch):
+    """The loading of transformers is not safe in threads: one of two models may be left without weights."""
+    load, loading, most = transformers.PreTrainedModel.from_pretrained.__func__, [], []
+
+    def slowly(*arguments, **settings):
+        loading.append(1)
+        most.append(len(loading))
+        time.sleep(0.2)
+        try:
+            return load(*arguments, **settings)
+        finally:
+            loading.pop()
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(slowly))
+    plain = shutil.ignore_patterns("ctranslate2")
+    planner, executor = (Student(shutil.copytree(students[role], tmp_path / role, ignore=plain), role, "ctranslate2")
+                         for role in ("subgoal", "action"))
+    states = [state for episode in read_episodes(data) for state, _ in subgoal_examples(episode)][:2]
+    with ThreadPoolExecutor() as pool:
+        works = [pool.submit(planner.likelihood, states[0], "wait()"), pool.submit(executor.answers, states, beams=1)]
+        assert all(work.result() for work in works)
+    assert len(most) == 3 and max(most) == 1, "one for the likelihood; the converter's, and its reference"
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
