@@ -82,10 +82,10 @@ PUBLISHED = [  # overall means over the 30 tasks (arXiv 2405.02749)
     ("Swift-only, FLAN-T5-large (published, 30 tasks)", 48.72),
 ]
 # How often a sub-goal, or an action, may be chosen in one and the same state before another beam goes first. Of the
-# experts' actions 1% are such repetitions, and no sub-goal takes over 7 steps in one state. PATIENT ones may go on.
+# experts' actions 1% are such repetitions, and no sub-goal takes over 7 steps in one state, the PATIENT ones apart.
 OFTEN = {"subgoal": 5, "action": 1}
 PATIENT = re.compile("wait|examine|use|look|monitor_temperature")
-PATIENCE = 16  # … but for this many steps in circles: 5 of 2,421 experts go on for longer
+PATIENCE = 16  # steps in circles after which these, too, make way: 5 of 2,421 experts go on for longer
 NEEDS = re.compile("find|focus_on|pick_up|move")  # sub-goals whose object has to be at hand
 SURE = 50  # percent: how likely a final choice must be; with more points to lose, as many percent as these
 ITSELF = re.compile(r"(?!pour)\w+[( ](.+)(?:, | to )\1\)?")  # a thing moved into itself, heated on itself …

@@ -41,9 +41,9 @@ def main():
     trainings = {role: subprocess.Popen([
         sys.executable, f"train_{role}.py", "--data", args.output / "train.jsonl", "--model", "tiny", "--output_dir",
         args.output / role, *args.flags]) for role in ROLES}
+    if any([training.wait() for training in trainings.values()]):  # of all: none is left behind
+        sys.exit("a training did not finish.")
     for role, examples_of in ROLES.items():
-        if trainings[role].wait():
-            sys.exit(f"train_{role}.py did not finish.")
         pairs = [pair for episode in held_out for pair in examples_of(episode)]
         given = Student(args.output / role, role, "ctranslate2").answers([state for state, _ in pairs], beams=1)
         right = {True: [], False: []}

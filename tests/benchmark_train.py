@@ -132,9 +132,10 @@ def main():
           f"{torch.cuda.get_device_name() if cuda else 'CPU'}: {most / 1e12:.2f} TFLOP/s at most\n"
           f"{len(sizes)} of {len(examples)} examples; their inputs hold {average:.0f} tokens on average, "
           f"those of all {sum(lengths) / len(lengths):.0f}")
+    *_, last = spent.values()
     for name, took in spent.items():
         print(f"{name:31} {tokens / took:10,.0f} tokens a second, {work / took / most:6.1%} of the peak, "
-              f"{list(spent.values())[-1] / took:.2f} times the last")
+              f"{last / took:.2f} times the last")
 
 
 if __name__ == "__main__":
